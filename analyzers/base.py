@@ -1,0 +1,117 @@
+"""What an analyzer is: a name, a version, parameters, documented metrics, and a function to rows."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from pydantic import BaseModel, ConfigDict
+
+from analyzers.reductions import Spec, State
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Documentation of one metric; docs/metrics.md is generated from it."""
+
+    name: str
+    formula: str
+    unit: str
+    range: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number at one place. A value that is None or not finite is stored as absent, with a note."""
+
+    metric: str
+    value: float | None
+    n: int
+    site: str | None = None
+    layer: int | None = None
+    head: int | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues in descending order, of the covariance (``centered``) or the raw second moment."""
+
+    site: str
+    layer: int | None
+    half: str
+    centered: bool
+    n: int
+    eigenvalues: Float64[np.ndarray, "rank"]
+
+
+@dataclass
+class Result:
+    """All that an analyzer says about one checkpoint."""
+
+    rows: list[Row] = field(default_factory=list)
+    spectra: list[Spectrum] = field(default_factory=list)
+
+
+class Parameters(BaseModel):
+    """Parameters of an analyzer: part of the protocol, hence of the key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelShape(Protocol):
+    """What an analyzer may know of a model before the pass."""
+
+    layers: int
+    width: int
+
+
+class WeightMatrices(Protocol):
+    """The weights of one checkpoint, read one tensor at a time."""
+
+    def matrices(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(site, layer, 2-D weight) of every measured matrix; a fused Q, K, V comes as three."""
+        ...
+
+    def biases(self) -> Iterator[torch.Tensor]:
+        """Bias vectors of those matrices."""
+        ...
+
+
+class Analyzer(ABC):
+    """Base of all analyzers. Subclasses are registered by :func:`analyzers.registry.register`."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    summary: ClassVar[str]
+    metrics: ClassVar[Sequence[Metric]]
+    parameters_type: ClassVar[type[Parameters]] = Parameters
+
+    def __init__(self, parameters: Parameters | Mapping[str, Any] | None = None) -> None:
+        if not isinstance(parameters, Parameters):
+            parameters = self.parameters_type.model_validate(dict(parameters or {}))
+        self.parameters = parameters
+
+
+class ActivationAnalyzer(Analyzer):
+    """Measures what the one pass over the probe streams into reductions."""
+
+    @abstractmethod
+    def needs(self, shape: ModelShape) -> list[Spec]:
+        """Reductions this analyzer reads; equal ones are shared between analyzers."""
+
+    @abstractmethod
+    def measure(self, states: Mapping[Spec, State], shape: ModelShape) -> Result:
+        """Rows from the finished reductions."""
+
+
+class WeightAnalyzer(Analyzer):
+    """Measures weights, tensor by tensor, without a forward pass."""
+
+    @abstractmethod
+    def measure_weights(self, weights: WeightMatrices) -> Result:
+        """Rows from the weights."""

@@ -1,0 +1,244 @@
+"""Configuration: one typed model for command line, files and the Prefect UI. It round-trips TOML."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from analyzers.latent import StateSettings
+from analyzers.registry import UnknownAnalyzerError, find
+from storage.errors import UsageError
+from storage.keys import check_name
+from storage.probe import ProbeConfig
+from storage.series import DirSource, HubSource, Source, StepSelection
+from storage.store import DEFAULT_ROOT
+
+_M = TypeVar("_M", bound=BaseModel)
+
+SERIES_FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "series"
+DEFAULT_ANALYZERS = ("loss", "massive", "spectra", "weights")
+DEFAULT_TRAJECTORIES = (
+    "loss",
+    "rankme_cov[resid_post.last]",
+    "alpha_req[resid_post.last]",
+    "top1_over_median[resid_post.mean]",
+    "l2",
+    "spectral_norm",
+    "weight_var",
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MeasureConfig(_Section):
+    """What is measured, and how the model is run."""
+
+    steps: Annotated[
+        str | None,
+        Field(description="steps to measure, as 0,1,2,4..512,1000..143000:1000; absent: all"),
+    ] = None
+    analyzers: Annotated[tuple[str, ...], Field(description="analyzers to run, by name", min_length=1)] = (
+        DEFAULT_ANALYZERS
+    )
+    parameters: Annotated[
+        dict[str, dict[str, Any]], Field(description="parameters per analyzer, where not the default")
+    ] = {}
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float64"],
+        Field(description="dtype the model runs in; statistics are float32 at least"),
+    ] = "float32"
+    device: Annotated[str, Field(description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'")] = (
+        "auto"
+    )
+    batch: Annotated[int, Field(description="sequences per forward pass; does not change a result", gt=0)] = (
+        16
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _steps(cls, steps: str | None) -> str | None:
+        if steps is not None:
+            StepSelection.parse(steps)
+        return steps
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, device: str) -> str:
+        if device not in ("auto", "cpu", "cuda") and not (
+            device.startswith("cuda:") and device[5:].isdigit()
+        ):
+            raise ValueError(f"device {device!r} is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        return device
+
+    @model_validator(mode="after")
+    def _known(self) -> "MeasureConfig":
+        for name in (*self.analyzers, *self.parameters):
+            try:
+                cls = find(name)
+            except UnknownAnalyzerError as error:
+                raise ValueError(str(error)) from None
+            cls(self.parameters.get(name, {}))
+        return self
+
+
+class StatesConfig(_Section):
+    """Which trajectories the latent-state model reads, and how it is fitted."""
+
+    trajectories: Annotated[
+        tuple[str, ...],
+        Field(
+            description="metric, metric[site.layer], metric[site.last], metric[site.mean] or metric[site.*]",
+            min_length=1,
+        ),
+    ] = DEFAULT_TRAJECTORIES
+    transforms: Annotated[
+        dict[str, Literal["none", "log", "symlog"]], Field(description="transform per metric")
+    ] = {"top1_over_median": "log"}
+    fit: StateSettings = StateSettings()
+
+
+class SeriesConfig(_Section):
+    """One series: where its checkpoints are, and how they are studied."""
+
+    name: Annotated[str, Field(description="name of the series in the tables")]
+    title: Annotated[str, Field(description="one line about the series")] = ""
+    source: Annotated[Source, Field(description="where the checkpoints are")]
+    probe: ProbeConfig = ProbeConfig()
+    measure: MeasureConfig = MeasureConfig()
+    states: StatesConfig = StatesConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        try:
+            return check_name("series", name)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+    def to_toml(self) -> str:
+        """The configuration as TOML; :func:`from_toml` reads it back to an equal one."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def from_toml(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> SeriesConfig:
+    """Read a configuration; ``overrides`` maps ``section.key`` to the value to use instead.
+
+    Raises:
+        UsageError: not TOML, an unknown key, or a value that is not allowed; the sentence names it.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{where} is not TOML: {error}") from None
+    for path, value in (overrides or {}).items():
+        _override(data, path, value)
+    return validated(SeriesConfig, data, where)
+
+
+def validated(model: type[_M], data: Any, where: str) -> _M:
+    """Validate ``data`` as ``model``.
+
+    Raises:
+        UsageError: one sentence with the first offending field and value.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a validation error as one sentence with the offending value."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {place!r} (value {first['input']!r})"
+    if first["type"] == "missing":
+        return f"setting {place!r} is missing"
+    value = first["input"]
+    shown = "" if isinstance(value, dict) else f" (value {value!r})"
+    return f"{place}: {message}{shown}" if place else message
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``section.key=value`` into path and value; the value is TOML, a bare word a string.
+
+    Raises:
+        UsageError: there is no ``=``.
+    """
+    path, separator, written = text.partition("=")
+    if not separator or not path:
+        raise UsageError(f"override {text!r} is not section.key=value")
+    try:
+        return path, tomllib.loads(f"value = {written}")["value"]
+    except tomllib.TOMLDecodeError:
+        return path, written
+
+
+def _override(data: dict[str, Any], path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UsageError(f"override {path!r}: {section!r} is no section")
+    data[key] = value
+
+
+def resolve(series: str, overrides: Mapping[str, Any] | None = None) -> SeriesConfig:
+    """Configuration of SERIES: a name of deploy/series, a TOML file, ``hub:OWNER/NAME`` or ``dir:PATH``.
+
+    Raises:
+        UsageError: there is no such series or file, or its configuration is not valid.
+    """
+    if series.startswith("hub:"):
+        repo = series[4:]
+        data = {"name": repo.rpartition("/")[2], "source": {"kind": "hub", "repos": {"main": repo}}}
+        return from_toml(tomli_w.dumps(data), series, overrides)
+    if series.startswith("dir:"):
+        path = Path(series[4:]).expanduser()
+        data = {"name": path.resolve().name, "source": {"kind": "dir", "path": str(path)}}
+        return from_toml(tomli_w.dumps(data), series, overrides)
+    file = Path(series)
+    if file.suffix != ".toml":
+        file = SERIES_FOLDER / f"{series}.toml"
+        if not file.is_file():
+            names = ", ".join(shipped())
+            raise UsageError(
+                f"there is no series {series!r}: give one of {names}, a TOML file, hub:OWNER/NAME or dir:PATH"
+            )
+    if not file.is_file():
+        raise UsageError(f"series file {series!r} does not exist")
+    return from_toml(file.read_text(encoding="utf-8"), file.name, overrides)
+
+
+def shipped() -> list[str]:
+    """Names of the series that come with the project."""
+    return sorted(path.stem for path in SERIES_FOLDER.glob("*.toml"))
+
+
+def default_root() -> str:
+    """ROOT where none is given: the environment's ONTOGENY_ROOT, else a folder beside the caller."""
+    return os.environ.get("ONTOGENY_ROOT", DEFAULT_ROOT)
+
+
+__all__ = [
+    "DirSource",
+    "HubSource",
+    "MeasureConfig",
+    "SeriesConfig",
+    "StatesConfig",
+    "default_root",
+    "explain",
+    "from_toml",
+    "parse_override",
+    "resolve",
+    "shipped",
+    "validated",
+]

@@ -1,0 +1,134 @@
+"""Flow: audit a series and measure what its store lacks. One task run per checkpoint."""
+
+from typing import Any
+
+from prefect import flow
+from pydantic import BaseModel
+
+from flows.config import SeriesConfig, default_root
+from flows.progress import bars
+from storage.series import Checkpoint
+from storage.store import Store
+from tasks.catalogue import Catalogue, catalogue
+from tasks.measure import MeasureJob, measure_checkpoint, plan, record_failure
+from tasks.models import choose_device
+from tasks.provenance import invocation
+
+
+class MeasureSummary(BaseModel):
+    """What a measuring did, for the person and for flows around it."""
+
+    checkpoints: int = 0
+    measured: int = 0
+    already_there: int = 0
+    keys_computed: int = 0
+    forward_passes: int = 0
+    failed: list[str] = []
+    findings: dict[str, int] = {}
+
+
+class PlannedCheckpoint(BaseModel):
+    """One line of ``measure --dry-run``."""
+
+    label: str
+    step: int
+    bytes: int | None
+    missing: list[str]
+
+
+def job_of(config: SeriesConfig, root: str) -> MeasureJob:
+    """The measuring job of a configuration."""
+    return MeasureJob(
+        root=root,
+        probe=config.probe,
+        analyzers=config.measure.analyzers,
+        parameters=config.measure.parameters,
+        dtype=config.measure.dtype,
+        device=config.measure.device,
+        batch=config.measure.batch,
+    )
+
+
+def list_catalogue(config: SeriesConfig, root: str) -> Catalogue:
+    """The audited catalogue of the configured steps, with a progress bar."""
+    with bars() as progress:
+        bar = progress.add_task("catalogue", total=None, note=config.name)
+        return catalogue(
+            Store(root),
+            config.name,
+            config.source,
+            config.measure.steps,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+
+
+def plan_series(config: SeriesConfig, root: str) -> list[PlannedCheckpoint]:
+    """What ``measure`` would do now: per checkpoint its size and the analyzers whose results are missing."""
+    found = list_catalogue(config, root)
+    return [
+        PlannedCheckpoint(label=c.label, step=c.step, bytes=c.bytes, missing=missing)
+        for c, missing in _plans(config, root, found.sound)
+    ]
+
+
+def _plans(
+    config: SeriesConfig, root: str, checkpoints: list[Checkpoint]
+) -> list[tuple[Checkpoint, list[str]]]:
+    job, store = job_of(config, root), Store(root)
+    done = {run: store.names("metrics", config.name, run) for run in {c.run for c in checkpoints}}
+    return [
+        (c, [item.analyzer.name for item in plan(job, store, c, done[c.run]).missing]) for c in checkpoints
+    ]
+
+
+@flow(name="measure", flow_run_name="measure {config.name}")
+def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureSummary:
+    """Audit the series, then measure every sound checkpoint that lacks a result.
+
+    A checkpoint that fails is recorded in ``failures`` and named in the summary; the others go on.
+    """
+    store = Store(root)
+    choose_device(config.measure.device)
+    summary = MeasureSummary()
+    with invocation(store, config.name, "measure", config.model_dump(mode="json")) as counts:
+        found = list_catalogue(config, root)
+        summary.checkpoints = len(found.checkpoints)
+        for finding in found.findings:
+            summary.findings[finding.severity] = summary.findings.get(finding.severity, 0) + 1
+        excluded = found.excluded
+        for checkpoint in found.checkpoints:
+            reason = excluded.get((checkpoint.run, checkpoint.step))
+            if reason is not None:
+                record_failure(store, checkpoint, None, f"excluded by the audit: {reason}")
+                summary.failed.append(checkpoint.label)
+        todo = [c for c, missing in _plans(config, root, found.sound) if missing]
+        summary.already_there = len(found.sound) - len(todo)
+        _measure_all(job_of(config, root), todo, summary)
+        counts.update(
+            checkpoints=summary.checkpoints,
+            checkpoints_measured=summary.measured,
+            checkpoints_already_there=summary.already_there,
+            keys_computed=summary.keys_computed,
+            forward_passes=summary.forward_passes,
+            failures=len(summary.failed),
+        )
+    return summary
+
+
+def _measure_all(job: MeasureJob, todo: list[Checkpoint], summary: MeasureSummary) -> None:
+    if not todo:
+        return
+    with bars() as progress:
+        bar = progress.add_task("measure", total=len(todo), note="")
+        for checkpoint in todo:
+            progress.update(bar, note=checkpoint.label)
+            state: Any = measure_checkpoint(job, checkpoint, return_state=True)
+            counts = state.result(raise_on_failure=False)
+            if isinstance(counts, dict):
+                summary.keys_computed += counts["keys_computed"]
+                summary.forward_passes += counts["forward_passes"]
+            if state.is_completed():
+                summary.measured += 1
+            else:
+                summary.failed.append(checkpoint.label)
+            progress.advance(bar)

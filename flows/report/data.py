@@ -1,0 +1,260 @@
+"""Everything the page shows, collected from the tables of one series."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from storage import Store, UsageError
+from storage.store import column_name
+
+Row = dict[str, Any]
+_PLACE = ["analyzer", "metric", "site", "layer", "head"]
+_SEVERITIES = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run on its own grid of steps; ``states`` is None where no state was decoded."""
+
+    name: str
+    steps: list[int]
+    tokens: list[int | None]
+    states: list[int | None]
+    posteriors: list[float | None]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One metric at one place; ``values`` holds one list per run, None where the run lacks it entirely."""
+
+    analyzer: str
+    metric: str
+    site: str | None
+    layer: int | None
+    head: int | None
+    n: tuple[int, int] | None
+    values: list[list[float | None] | None]
+
+    @property
+    def name(self) -> str:
+        """Name as in state models: ``rankme_cov[resid_post.3]``."""
+        return column_name(self.metric, self.site, self.layer, self.head)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an analyzer measured some of the runs."""
+
+    analyzer: str
+    runs: list[str]
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The tables of one series in the shape the page needs."""
+
+    series: str
+    runs: list[Run]
+    trajectories: list[Trajectory]
+    measured: set[tuple[str, int, str]]
+    protocols: list[Protocol]
+    noted: list[Row]
+    checkpoints: list[Row]
+    audited: bool
+    findings: list[Row]
+    failures: list[Row]
+    models: list[Row]
+    transitions: list[Row]
+    provenance: list[Row]
+    as_of: datetime | None
+
+    @property
+    def chosen(self) -> Row | None:
+        """The state model whose states are shown, None before the first fit."""
+        return next((row for row in self.models if row["chosen"]), None)
+
+    @property
+    def measured_checkpoints(self) -> set[tuple[str, int]]:
+        """Run and step of every checkpoint that at least one analyzer measured."""
+        return {(run, step) for run, step, _ in self.measured}
+
+
+def collect(store: Store, series: str) -> ReportData:
+    """Read the tables of ``series``.
+
+    Raises:
+        UsageError: the store holds no table of ``series``.
+    """
+    known = store.series()
+    if series not in known:
+        holds = f"it holds {', '.join(known)}" if known else "it holds no series yet"
+        raise UsageError(f"series {series!r} is not in the store at {store.root}; {holds}")
+
+    def rows(table: str) -> list[Row]:
+        return store.table(table, series).to_pylist()
+
+    models = sorted(rows("state_models"), key=lambda row: row["k"])
+    model = next((row["model"] for row in models if row["chosen"]), None)
+    findings = sorted(rows("findings"), key=_finding_order)
+    failures = sorted(rows("failures"), key=lambda row: (row["run"] or "", _or_minus(row["step"]), row["at"]))
+    states = [row for row in rows("states") if row["model"] == model]
+    checkpoints = rows("checkpoints")
+    columns = [*_PLACE, "run", "step", "tokens", "value", "n", "note", "protocol", "recorded_at"]
+    metrics = store.table("metrics", series).to_arrow().select(columns).to_pandas()
+    metrics = metrics[metrics["step"].notna() & metrics["run"].notna()]
+    runs = _runs(metrics, states, checkpoints, [*failures, *(f for f in findings if f["severity"] == "error")])
+    done = metrics[["run", "step", "analyzer"]].drop_duplicates()
+    return ReportData(
+        series=series,
+        runs=runs,
+        trajectories=_trajectories(metrics, runs),
+        measured={(str(run), int(step), str(a)) for run, step, a in done.itertuples(index=False)},
+        protocols=_protocols(metrics),
+        noted=_noted(metrics),
+        checkpoints=checkpoints,
+        # An audit without findings leaves a file without rows.
+        audited=bool(store.files("findings", series)),
+        findings=findings,
+        failures=failures,
+        models=models,
+        transitions=sorted(
+            (row for row in rows("transitions") if row["model"] == model),
+            key=lambda row: (row["from"], row["to"]),
+        ),
+        provenance=sorted(rows("provenance"), key=lambda row: str(row["started"]), reverse=True),
+        as_of=metrics["recorded_at"].max().to_pydatetime() if len(metrics) else None,
+    )
+
+
+def read_json(text: str | None) -> dict[str, Any]:
+    """The object in ``text``; empty when it is null, broken or not an object, so that the page still opens."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _or_minus(step: int | None) -> int:
+    return -1 if step is None else step
+
+
+def _finding_order(row: Row) -> tuple[int, str, int]:
+    rank = _SEVERITIES.index(row["severity"]) if row["severity"] in _SEVERITIES else len(_SEVERITIES)
+    return rank, row["run"] or "", _or_minus(row["step"])
+
+
+def _runs(metrics: pd.DataFrame, states: list[Row], checkpoints: list[Row], gaps: list[Row]) -> list[Run]:
+    """Runs in order of name.
+
+    A step that failed or that the audit excluded belongs to the grid, so that lines break there; a step that
+    nobody asked to measure does not.
+    """
+    tokens: dict[tuple[str, int], int | None] = {}
+    seen = metrics[["run", "step", "tokens"]].drop_duplicates(["run", "step"])
+    for run, step, count in seen.itertuples(index=False):
+        tokens[str(run), int(step)] = None if pd.isna(count) else int(count)
+    for row in [*states, *gaps]:
+        if row["run"] is not None and row["step"] is not None:
+            tokens.setdefault((row["run"], row["step"]), row.get("tokens"))
+    for row in checkpoints:
+        place = (row["run"], row["step"])
+        if place in tokens and tokens[place] is None:
+            tokens[place] = row["tokens"]
+    decoded = {(row["run"], row["step"]): row for row in states}
+    runs = []
+    for name in sorted({run for run, _ in tokens}):
+        steps = sorted(step for run, step in tokens if run == name)
+        found = [decoded.get((name, step), {}) for step in steps]
+        runs.append(
+            Run(
+                name,
+                steps,
+                [tokens[name, step] for step in steps],
+                [row.get("state") for row in found],
+                [_finite(row.get("posterior")) for row in found],
+            )
+        )
+    return runs
+
+
+def _trajectories(metrics: pd.DataFrame, runs: Sequence[Run]) -> list[Trajectory]:
+    """All trajectories in order of analyzer, metric, site, layer and head."""
+    if metrics.empty:
+        return []
+    starts = np.cumsum([0, *(len(run.steps) for run in runs)])
+    column = {
+        (run.name, step): int(start) + i
+        for run, start in zip(runs, starts, strict=False)
+        for i, step in enumerate(run.steps)
+    }
+    groups = metrics.groupby(_PLACE, dropna=False, sort=True)
+    place = groups.ngroup().to_numpy()
+    at = np.array([column[key] for key in zip(metrics["run"], metrics["step"], strict=True)])
+    grid = np.full((groups.ngroups, int(starts[-1])), np.nan)
+    grid[place, at] = metrics["value"].to_numpy(dtype=float)
+    about = groups["n"].agg(["min", "max"]).reset_index()
+    trajectories = []
+    for row, values in zip(about.itertuples(index=False), grid, strict=True):
+        analyzer, metric, site, layer, head, fewest, most = row
+        per_run = [_values(values[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        trajectories.append(
+            Trajectory(
+                analyzer=str(analyzer),
+                metric=str(metric),
+                site=None if pd.isna(site) else str(site),
+                layer=_integer(layer),
+                head=_integer(head),
+                n=None if pd.isna(fewest) else (int(fewest), int(most)),
+                values=per_run,
+            )
+        )
+    return trajectories
+
+
+def _values(values: np.ndarray[Any, Any]) -> list[float | None] | None:
+    """Values at 6 significant digits, None where absent or not finite; None when there is no value at all."""
+    if not np.isfinite(values).any():
+        return None
+    return [_finite(value) for value in values.tolist()]
+
+
+def _finite(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    short = float(f"{value:.6g}")
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short
+
+
+def _integer(value: Any) -> int | None:
+    return None if pd.isna(value) else int(value)
+
+
+def _protocols(metrics: pd.DataFrame) -> list[Protocol]:
+    seen = metrics[["analyzer", "protocol", "run"]].drop_duplicates()
+    runs: dict[tuple[str, str], list[str]] = {}
+    for analyzer, text, run in seen.itertuples(index=False):
+        runs.setdefault((str(analyzer), "" if pd.isna(text) else str(text)), []).append(str(run))
+    return [
+        Protocol(analyzer, sorted(names), read_json(text)) for (analyzer, text), names in sorted(runs.items())
+    ]
+
+
+def _noted(metrics: pd.DataFrame) -> list[Row]:
+    """Values that carry a note, or are absent, counted by metric and note."""
+    odd = metrics[metrics["note"].notna() | metrics["value"].isna()]
+    if odd.empty:
+        return []
+    odd = odd.assign(note=odd["note"].fillna("no value, and no reason given"), absent=odd["value"].isna())
+    counted = odd.groupby(["metric", "note"], sort=True).agg(
+        values=("absent", "size"), absent=("absent", "sum"), runs=("run", lambda names: sorted(set(names)))
+    )
+    rows: list[Row] = counted.reset_index().to_dict(orient="records")
+    return rows

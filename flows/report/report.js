@@ -1,0 +1,316 @@
+// Draws the plots of the report from the data embedded in the page.
+"use strict";
+(() => {
+  const byId = (id) => document.getElementById(id);
+  const data = JSON.parse(byId("report-data").textContent);
+  const config = { displaylogo: false, responsive: true, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const dashes = ["solid", "dash", "dot", "dashdot"];
+  const runColors = 6;
+
+  // ---- words and numbers
+
+  // Plotly reads a little HTML in its texts; names from tables must stay plain.
+  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const spell = (value) => value.toLocaleString("en-US", { maximumSignificantDigits: 6 });
+  const short = (step) => step >= 1e6 ? `${step / 1e6}M` : step >= 1e3 ? `${step / 1e3}k` : String(step);
+  const siteName = (site) => site === null ? "whole model" : site;
+  const layerName = (layer) => layer === null ? "none" : String(layer);
+  const headName = (head) => head === null ? "all" : String(head);
+  const placeOf = (t) => siteName(t.site) + (t.layer === null ? "" : `, layer ${t.layer}`) + (t.head === null ? "" : `, head ${t.head}`);
+
+  // ---- the step axis
+
+  // log10(1 + step): linear around 0, logarithmic beyond, so that step 0 has a place.
+  const position = (step, scale) => scale === "linear" ? step : Math.log10(1 + step);
+
+  function stepAxis(runs, scale) {
+    const steps = runs.flatMap((run) => run.steps);
+    const first = Math.min(...steps), last = Math.max(...steps);
+    const ends = runs.flatMap((run) => cellEdges(run.steps, scale));
+    const axis = { title: { text: scale === "linear" ? "training step" : "training step (symlog)" }, zeroline: false, range: [Math.min(...ends), Math.max(...ends)] };
+    if (scale === "linear") return axis;
+    const inside = (step) => step >= first && step <= last;
+    let ticks = [];
+    for (const digits of [[1], [1, 3], [1, 2, 5]]) {
+      ticks = first === 0 ? [0] : [];
+      for (let decade = 1; decade <= last; decade *= 10) ticks.push(...digits.map((d) => d * decade).filter(inside));
+      if (ticks.length >= 5) break;
+    }
+    return { ...axis, tickmode: "array", tickvals: ticks.map((step) => position(step, scale)), ticktext: ticks.map(short) };
+  }
+
+  // Edges of cells around steps: halfway to the neighbours on the axis as drawn.
+  function cellEdges(steps, scale) {
+    const at = steps.map((step) => position(step, scale));
+    if (at.length === 1) return [at[0] - 0.5, at[0] + 0.5];
+    const middle = at.slice(1).map((x, i) => (x + at[i]) / 2);
+    const n = at.length;
+    return [at[0] - (middle[0] - at[0]), ...middle, at[n - 1] + (at[n - 1] - middle[n - 2])];
+  }
+
+  // ---- theme
+
+  const root = document.documentElement;
+  const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches;
+  const color = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+  function layoutBase() {
+    const axis = { gridcolor: color("--grid"), linecolor: color("--rule"), zerolinecolor: color("--rule"), automargin: true, ticks: "outside", tickcolor: color("--rule"), ticklen: 4 };
+    return {
+      axis,
+      layout: {
+        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+        font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: color("--ink") },
+        hoverlabel: { bgcolor: color("--panel"), bordercolor: color("--rule"), font: { color: color("--ink") }, align: "left" },
+        modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--quiet"), activecolor: color("--ink") },
+      },
+    };
+  }
+
+  // ---- pickers: each one offers what the choices before it leave
+
+  const levels = {
+    metric: { key: (t) => `${t.analyzer}\n${t.metric}`, name: (t) => t.metric, group: (t) => t.analyzer },
+    site: { key: (t) => JSON.stringify(t.site), name: (t) => siteName(t.site) },
+    layer: { key: (t) => JSON.stringify(t.layer), name: (t) => layerName(t.layer) },
+    head: { key: (t) => JSON.stringify(t.head), name: (t) => headName(t.head) },
+  };
+
+  function offer(select, level, candidates) {
+    const before = select.value;
+    const options = new Map();
+    for (const t of candidates) if (!options.has(level.key(t))) options.set(level.key(t), t);
+    select.replaceChildren();
+    const groups = new Map();
+    for (const [key, t] of options) {
+      let parent = select;
+      if (level.group) {
+        parent = groups.get(level.group(t));
+        if (!parent) {
+          parent = document.createElement("optgroup");
+          parent.label = level.group(t);
+          groups.set(parent.label, parent);
+          select.append(parent);
+        }
+      }
+      parent.append(new Option(level.name(t), key));
+    }
+    // The last layer is what most readers want; elsewhere the first option will do.
+    const keys = [...options.keys()];
+    select.value = options.has(before) ? before : level === levels.layer ? keys[keys.length - 1] : keys[0];
+    select.disabled = keys.length < 2;
+  }
+
+  function pickers(prefix, names, trajectories, changed) {
+    const chain = names.map((name) => [byId(`${prefix}-${name}`), levels[name]]);
+    function refresh() {
+      let left = trajectories;
+      for (const [select, level] of chain) {
+        offer(select, level, left);
+        left = left.filter((t) => level.key(t) === select.value);
+        if (level === levels.head) select.parentElement.hidden = select.disabled;
+      }
+      return left;
+    }
+    const start = data.trajectories[data.start];
+    for (const [select, level] of chain) select.append(new Option("", level.key(start), true, true));
+    for (const [select] of chain) select.addEventListener("change", () => { refresh(); changed(); });
+    refresh();
+    return refresh;
+  }
+
+  // ---- trajectories and ribbons
+
+  const stateText = (run, i) => {
+    if (run.states[i] === null) return "";
+    const sure = run.posteriors[i] === null ? "" : ` (posterior ${spell(run.posteriors[i])})`;
+    return `<br>state ${run.states[i]}${sure}`;
+  };
+  const tokenText = (run, i) => run.tokens[i] === null ? "" : ` (${spell(run.tokens[i])} tokens)`;
+
+  function lineTraces(trajectory, scale) {
+    return data.runs.map((run, r) => ({ run, r, values: trajectory.values[r] })).filter((line) => line.values).map(({ run, r, values }) => ({
+      type: "scatter", mode: "lines+markers", name: plain(run.name), connectgaps: false,
+      x: run.steps.map((step) => position(step, scale)), y: values,
+      line: { width: 2, color: color(`--run-${r % runColors}`), dash: dashes[Math.floor(r / runColors) % dashes.length] },
+      marker: { size: run.steps.length > 60 ? 3 : 5 },
+      customdata: run.steps.map((step, i) => `step ${spell(step)}${tokenText(run, i)}<br>${plain(trajectory.metric)} ${values[i] === null ? "" : spell(values[i])}${stateText(run, i)}`),
+      hovertemplate: "<b>%{fullData.name}</b><br>%{customdata}<extra></extra>",
+    }));
+  }
+
+  function stays(run, scale) {
+    const edges = cellEdges(run.steps, scale), found = [];
+    run.states.forEach((state, i) => {
+      const last = found[found.length - 1];
+      if (state === null) return;
+      if (last && last.state === state && last.to === i - 1) { last.to = i; last.end = edges[i + 1]; }
+      else found.push({ run, state, from: i, to: i, start: edges[i], end: edges[i + 1] });
+    });
+    return found;
+  }
+
+  function ribbonTraces(scale) {
+    const all = data.runs.flatMap((run) => stays(run, scale));
+    return data.stateColors.map((fill, state) => ({ fill, state, mine: all.filter((stay) => stay.state === state) })).filter(({ mine }) => mine.length).map(({ fill, state, mine }) => ({
+      type: "bar", orientation: "h", yaxis: "y2", name: `state ${state}`, showlegend: false, width: 0.82,
+      base: mine.map((stay) => stay.start), x: mine.map((stay) => stay.end - stay.start), y: mine.map((stay) => plain(stay.run.name)),
+      marker: { color: fill, line: { width: 1, color: color("--paper") } },
+      text: mine.map(() => String(state)), textposition: "inside", insidetextanchor: "middle", textangle: 0,
+      textfont: { color: data.stateInks[state] }, constraintext: "none", cliponaxis: true,
+      customdata: mine.map(({ run, from, to }) => `steps ${spell(run.steps[from])} to ${spell(run.steps[to])}, ${to - from + 1} ${to === from ? "checkpoint" : "checkpoints"}`),
+      hovertemplate: `<b>%{y}</b><br>state ${state}: %{customdata}<extra></extra>`,
+    }));
+  }
+
+  const caption = (t) => {
+    const count = t.n === null ? "" : ` n = ${t.n[0] === t.n[1] ? spell(t.n[0]) : `${spell(t.n[0])} to ${spell(t.n[1])}`} observations per value.`;
+    return `${t.metric}, ${placeOf(t)}.${count} Protocol: ${data.protocols[t.analyzer] || "not recorded"}.`;
+  };
+
+  let pickLine = null, pickHeat = null;
+
+  function drawLines() {
+    if (!pickLine) return;
+    const trajectory = pickLine()[0];
+    const scale = byId("step-axis").value;
+    const decoded = data.runs.filter((run) => run.states.some((state) => state !== null));
+    const { axis, layout } = layoutBase();
+    const plot = 360, gap = decoded.length ? 14 : 0, ribbons = decoded.length * 26, inner = plot + gap + ribbons;
+    const margin = { l: 70, r: 16, t: 44, b: 56 };
+    const x = { ...axis, ...stepAxis(data.runs, scale), anchor: decoded.length ? "y2" : "y" };
+    Plotly.react(byId("line-plot"), [...lineTraces(trajectory, scale), ...ribbonTraces(scale)], {
+      ...layout, margin, height: inner + margin.t + margin.b, barmode: "overlay", hovermode: "closest", showlegend: true,
+      legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
+      uniformtext: { minsize: 11, mode: "hide" },
+      xaxis: x,
+      yaxis: { ...axis, type: byId("value-axis").value, domain: [(ribbons + gap) / inner, 1], title: { text: `${plain(trajectory.metric)}<br><span style="font-size:11px">${plain(placeOf(trajectory))}</span>`, standoff: 8 }, exponentformat: "power" },
+      yaxis2: { ...axis, type: "category", visible: decoded.length > 0, domain: [0, decoded.length ? ribbons / inner : 0.001], categoryorder: "array", categoryarray: decoded.map((run) => plain(run.name)), autorange: "reversed", showgrid: false, ticks: "", fixedrange: true },
+    }, config);
+    byId("line-caption").textContent = caption(trajectory);
+  }
+
+  // ---- heat map
+
+  function drawHeat() {
+    if (!pickHeat) return;
+    const scale = byId("step-axis").value, log = byId("heat-colors").value === "log";
+    const r = Number(byId("heat-run").value), run = data.runs[r];
+    const rows = pickHeat().filter((t) => t.values[r]).sort((a, b) => a.layer - b.layer);
+    const shown = (value) => value === null || (log && value <= 0) ? null : log ? Math.log10(value) : value;
+    const z = rows.map((t) => t.values[r].map(shown));
+    const { axis, layout } = layoutBase();
+    const margin = { l: 70, r: 16, t: 30, b: 56 };
+    const numbers = z.flat().filter((value) => value !== null);
+    const bar = { thickness: 12, outlinewidth: 0, title: { text: rows.length ? plain(rows[0].metric) : "", side: "right" } };
+    if (log && numbers.length) {
+      const decades = [];
+      for (let d = Math.ceil(Math.min(...numbers)); d <= Math.max(...numbers); d++) decades.push(d);
+      if (decades.length > 1) Object.assign(bar, { tickvals: decades, ticktext: decades.map((d) => `10<sup>${d}</sup>`) });
+      else Object.assign(bar, tickEnds(numbers));
+    }
+    const trace = {
+      type: "heatmap", colorscale: "Cividis", hoverongaps: false, colorbar: bar, z,
+      x: cellEdges(run.steps, scale), y: rows.map((t) => String(t.layer)),
+      customdata: rows.map((t) => t.values[r].map((value, i) => value === null ? "" : `step ${spell(run.steps[i])}${tokenText(run, i)}<br>${plain(t.metric)} ${spell(value)}${stateText(run, i)}`)),
+      hovertemplate: "<b>layer %{y}</b><br>%{customdata}<extra></extra>",
+    };
+    Plotly.react(byId("heat-plot"), [trace], {
+      ...layout, margin, height: Math.max(240, Math.min(rows.length * 26, 560)) + margin.t + margin.b,
+      xaxis: { ...axis, ...stepAxis([run], scale), showgrid: false },
+      yaxis: { ...axis, type: "category", title: { text: "layer", standoff: 8 }, showgrid: false, nticks: 24 },
+    }, config);
+    byId("heat-caption").textContent = rows.length
+      ? `${caption({ ...rows[0], layer: null })} Run ${run.name}; the step axis follows the choice above.`
+      : `Run ${run.name} has no values of this metric.`;
+  }
+
+  function tickEnds(numbers) {
+    const ends = [Math.min(...numbers), Math.max(...numbers)];
+    return { tickvals: ends, ticktext: ends.map((value) => (10 ** value).toPrecision(3)) };
+  }
+
+  // ---- downloads
+
+  // A text that begins like a formula would be run by a spreadsheet.
+  const cell = (value) => {
+    if (value === null || value === undefined) return "";
+    if (typeof value === "number") return String(value);
+    const safe = /^[=+\-@\t\r]/.test(value) && !Number.isFinite(Number(value)) ? `'${value}` : value;
+    return /[",\n\r]/.test(safe) ? `"${safe.replace(/"/g, '""')}"` : safe;
+  };
+
+  function save(name, rows) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([rows.map((row) => row.map(cell).join(",")).join("\n") + "\n"], { type: "text/csv" }));
+    link.download = `${data.series}-${name}.csv`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }
+
+  function saveTrajectories(name, trajectories, runIndexes) {
+    const head = ["series", "run", "step", "tokens", "metric", "site", "layer", "head", "value", "state", "posterior"];
+    const rows = trajectories.flatMap((t) => runIndexes.filter((r) => t.values[r]).flatMap((r) => {
+      const run = data.runs[r];
+      return run.steps.map((step, i) => [data.series, run.name, step, run.tokens[i], t.metric, t.site, t.layer, t.head, t.values[r][i], run.states[i], run.posteriors[i]]);
+    }));
+    save(name, [head, ...rows]);
+  }
+
+  // Thousands are separated for reading only, and a dash stands for nothing.
+  const cellText = (c) => {
+    const text = c.textContent.trim();
+    return text === "–" ? "" : c.classList.contains("num") ? text.replace(/,/g, "") : text;
+  };
+
+  for (const button of document.querySelectorAll("button.csv")) {
+    button.addEventListener("click", () => {
+      const rows = [...byId(button.dataset.table).rows].map((row) => [...row.cells].map(cellText));
+      save(button.dataset.file, rows);
+    });
+  }
+
+  // ---- start
+
+  const drawAll = () => { drawLines(); drawHeat(); };
+
+  if (byId("line-plot")) {
+    pickLine = pickers("line", ["metric", "site", "layer", "head"], data.trajectories, drawLines);
+    byId("step-axis").addEventListener("change", drawAll);
+    byId("value-axis").addEventListener("change", drawLines);
+    byId("line-csv").addEventListener("click", () => saveTrajectories("trajectories", pickLine(), data.runs.map((_, r) => r)));
+  }
+  if (byId("heat-plot")) {
+    byId("heat-run").append(...data.runs.map((run, r) => new Option(run.name, r)));
+    byId("heat-run").disabled = data.runs.length < 2;
+    pickHeat = pickers("heat", ["metric", "site", "head"], data.trajectories.filter((t) => t.layer !== null), drawHeat);
+    for (const id of ["heat-run", "heat-colors"]) byId(id).addEventListener("change", drawHeat);
+    byId("heat-csv").addEventListener("click", () => saveTrajectories("layers", pickHeat(), [Number(byId("heat-run").value)]));
+  }
+
+  const toggle = byId("theme");
+  function themed() {
+    toggle.textContent = isDark() ? "Light theme" : "Dark theme";
+    drawAll();
+  }
+  toggle.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; themed(); });
+  prefersDark.addEventListener("change", themed);
+  themed();
+
+  // Paper is white and has a width of its own.
+  const paperWidth = 680;
+  let chosenTheme;
+  const plots = () => [byId("line-plot"), byId("heat-plot")].filter(Boolean);
+  window.addEventListener("beforeprint", () => {
+    chosenTheme = root.dataset.theme;
+    root.dataset.theme = "light";
+    themed();
+    for (const plot of plots()) Plotly.relayout(plot, { width: paperWidth });
+  });
+  window.addEventListener("afterprint", () => {
+    if (chosenTheme) root.dataset.theme = chosenTheme; else delete root.dataset.theme;
+    for (const plot of plots()) Plotly.relayout(plot, { width: null, autosize: true });
+    themed();
+  });
+})();

@@ -1,0 +1,146 @@
+"""Geometry of the training map: states as cards from left to right, changes between them as arrows."""
+
+from dataclasses import dataclass
+
+from plotly.colors import sample_colorscale, unlabel_rgb
+
+from flows.report.data import ReportData
+from flows.report.states import StateRow
+from flows.report.text import number, plural
+
+# Up to this many states the cards have room for means; more states show them in the table only.
+_WIDE_STATES = 5
+_METRICS = 4
+_HEAD, _LINE, _FOOT = 46, 32, 10
+_ARC, _LABEL = 46, 34
+
+
+@dataclass(frozen=True)
+class Card:
+    """One state as a box: ``lines`` are (name, value) of its mean metrics."""
+
+    state: int
+    x: float
+    y: float
+    width: float
+    height: float
+    color: str
+    ink: str
+    seen: str
+    lines: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """One edge: the path of its line, and two lines of label at (x, y)."""
+
+    line: str
+    width: float
+    label: str
+    who: str
+    title: str
+    x: float
+    y: float
+    lone: bool
+
+
+@dataclass(frozen=True)
+class TrainingMap:
+    """The drawing and its size."""
+
+    width: float
+    height: float
+    cards: list[Card]
+    arrows: list[Arrow]
+
+
+def state_colors(count: int) -> list[str]:
+    """One colour per state as ``#rrggbb``.
+
+    States are numbered by time, so their colours are a sequential scale (viridis), whose order and
+    distances survive colour blindness and grey printing.
+    """
+    places = [0.12 + 0.83 * i / max(count - 1, 1) for i in range(count)]
+    sampled = sample_colorscale("Viridis", places)
+    return ["#" + "".join(f"{round(part):02x}" for part in unlabel_rgb(color)) for color in sampled]
+
+
+def ink_on(color: str) -> str:
+    """Black or white, whichever reads better on ``#rrggbb`` (WCAG relative luminance)."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#111111" if luminance > 0.18 else "#ffffff"
+
+
+def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingMap:
+    """Lay out the states in ``rows`` and the edges of the table of transitions."""
+    wide = len(rows) <= _WIDE_STATES
+    names = list(rows[0].means)[:_METRICS] if wide and rows else []
+    width, gap = (188, 104) if wide else (112, 92)
+    height = _HEAD + _LINE * len(names) + _FOOT
+    place = {row.state: i for i, row in enumerate(rows)}
+    edges = [e for e in data.transitions if e["from"] in place and e["to"] in place]
+    spans = [place[edge["to"]] - place[edge["from"]] for edge in edges]
+    above = max((span for span in spans if span > 1), default=0)
+    below = max((-span for span in spans if span < 0), default=0)
+    # A Bezier arc with both handles at height h rises to 0.75 h; the label stands on its crest.
+    top = 0.75 * _ARC * above + _LABEL if above else 8
+    bottom = 0.75 * _ARC * (below + 1) + _LABEL if below else 8
+    cards = [
+        Card(
+            row.state,
+            1 + place[row.state] * (width + gap),
+            top,
+            width,
+            height,
+            colors[row.state],
+            ink_on(colors[row.state]),
+            f"steps {number(row.first)} to {number(row.last)}" if wide else "",
+            [(_shorten(name, 30), number(row.means[name])) for name in names],
+        )
+        for row in rows
+    ]
+    most = max((edge["count"] for edge in edges), default=1)
+    several = sum(any(state is not None for state in run.states) for run in data.runs) > 2
+    arrows = []
+    for edge, span in zip(edges, spans, strict=True):
+        source, target = cards[place[edge["from"]]], cards[place[edge["to"]]]
+        runs = list(edge["runs"] or [])
+        line, x, y = _route(source, target, span)
+        label = plural(len(runs), "run") if edge["count"] == len(runs) else f"{number(edge['count'])} times"
+        arrows.append(
+            Arrow(
+                line=line,
+                width=1.5 + 3 * edge["count"] / most,
+                label=label,
+                who=_shorten(runs[0], 14) if len(runs) == 1 else "",
+                title=f"State {edge['from']} to {edge['to']}: {number(edge['count'])} times, {', '.join(runs)}",
+                x=x,
+                y=y,
+                lone=several and len(runs) == 1,
+            )
+        )
+    total = len(rows) * width + max(len(rows) - 1, 0) * gap + 2
+    return TrainingMap(total, top + height + bottom, cards, arrows)
+
+
+def _route(source: Card, target: Card, span: int) -> tuple[str, float, float]:
+    """Path of an edge and where its label stands."""
+    if span == 1:
+        y = source.y + source.height / 2
+        start, end = source.x + source.width + 3, target.x - 12
+        return f"M{start:.0f},{y:.0f} L{end:.0f},{y:.0f}", (start + end + 9) / 2, y
+    forward = span > 0
+    start = source.x + source.width * (0.68 if forward else 0.32)
+    end = target.x + target.width * (0.32 if forward else 0.68)
+    reach = _ARC * (span if forward else 1 - span)
+    edge = source.y if forward else source.y + source.height
+    away = -1 if forward else 1
+    crest, tip, foot = edge + away * reach, edge + away * 12, edge + away * 3
+    line = f"M{start:.0f},{foot:.0f} C{start:.0f},{crest:.0f} {end:.0f},{crest:.0f} {end:.0f},{tip:.0f}"
+    return line, (start + end) / 2, edge + away * 0.75 * reach
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,62 @@
+"""Flow: fit the latent-state model of a series to its stored metrics."""
+
+from typing import Any
+
+from prefect import flow
+from pydantic import BaseModel
+
+from flows.config import SeriesConfig, default_root
+from flows.progress import console
+from storage.store import Store
+from tasks.provenance import invocation
+from tasks.states import StatesJob, fit_series_states
+
+
+class StatesSummary(BaseModel):
+    """The fitted map in short."""
+
+    k: int
+    computed: bool
+    model: str
+    boundaries: dict[str, list[tuple[int, int, int]]]
+
+
+def boundaries(store: Store, series: str) -> dict[str, list[tuple[int, int, int]]]:
+    """Per run, (step, from, to) of every change of state, from the newest model's table."""
+    rows = store.table("states", series).to_pandas().sort_values(["run", "step"])
+    found: dict[str, list[tuple[int, int, int]]] = {}
+    for run, part in rows.groupby("run"):
+        before = part["state"].shift()
+        moved = part[(part["state"] != before) & before.notna()]
+        found[str(run)] = [
+            (int(step), int(left), int(state))
+            for step, left, state in zip(moved["step"], before[moved.index], moved["state"], strict=True)
+        ]
+    return found
+
+
+@flow(name="states", flow_run_name="states {config.name}")
+def fit_states_of(config: SeriesConfig, root: str = default_root()) -> StatesSummary:
+    """Fit the model unless the newest stored one is of the same data and settings."""
+    store = Store(root)
+    settings = config.states
+    job = StatesJob(
+        root=root,
+        series=config.name,
+        trajectories=settings.trajectories,
+        transforms=settings.transforms,
+        fit=settings.fit,
+    )
+    with (
+        invocation(store, config.name, "states", config.model_dump(mode="json")) as counts,
+        console.status(f"states of {config.name}: fitting hidden Markov models"),
+    ):
+        done: dict[str, Any] = fit_series_states(job)
+        counts["models_computed"] = int(done["computed"])
+    models = [row for row in store.table("state_models", config.name).to_pylist() if row["chosen"]]
+    return StatesSummary(
+        k=models[0]["k"],
+        boundaries=boundaries(store, config.name),
+        model=done["model"],
+        computed=done["computed"],
+    )

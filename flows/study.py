@@ -1,0 +1,33 @@
+"""Flow: all of it for one series: audit, measure, states, report."""
+
+from prefect import flow
+from pydantic import BaseModel
+
+from flows.config import SeriesConfig, default_root
+from flows.measure import MeasureSummary, measure_series
+from flows.render import report_series
+from flows.states import StatesSummary, fit_states_of
+from storage.store import Store
+
+
+class StudySummary(BaseModel):
+    """What a study did and where its results are."""
+
+    measure: MeasureSummary
+    states: StatesSummary
+    report: str
+    anything_new: bool
+
+
+@flow(name="study", flow_run_name="study {config.name}")
+def study_series(config: SeriesConfig, root: str = default_root()) -> StudySummary:
+    """Measure what is missing, fit the states, write the report. Nothing new: the report is left alone."""
+    measured = measure_series(config, root)
+    states = fit_states_of(config, root)
+    new = bool(measured.keys_computed or measured.failed or states.computed)
+    store = Store(root)
+    report = f"{store.path}/reports/{config.name}.html"
+    if new or not store.fs.exists(report):
+        report = report_series(config.name, root)
+        new = True
+    return StudySummary(measure=measured, states=states, report=report, anything_new=new)

@@ -1,0 +1,201 @@
+"""Series, runs and checkpoints: what they are called and which of them are meant."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from storage.errors import UsageError
+from storage.keys import check_name, weights_sha256
+
+# step1000, checkpoint-500, stage1-step0-tokens0B, stage2-ingredient1-step23852-tokens51B, ckpt_40
+DEFAULT_PATTERN = (
+    r"(?:stage(?P<stage>\d+)-)?(?:ingredient(?P<ingredient>\d+)-)?"
+    r"(?:step|checkpoint-|ckpt_)(?P<step>\d+)(?:-tokens(?P<btokens>\d+)B)?"
+)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightFile(_Frozen):
+    """One file of weights: its name, size in bytes, and SHA-256 where known."""
+
+    name: str
+    bytes: int
+    sha256: str | None = None
+
+
+class Checkpoint(_Frozen):
+    """One saved state of a run. Listing gives its name; describing adds files, sizes and digests.
+
+    ``fingerprint`` is what tells cheaply that the weights are the same as when their digest was taken: the
+    commit on the Hub; names, sizes and modification times in a folder.
+    """
+
+    series: str
+    run: str
+    step: int
+    stage: int | None = None
+    tokens: int | None = None
+    revision: str
+    commit: str | None = None
+    location: str
+    files: tuple[WeightFile, ...] = ()
+    bytes: int | None = None
+    weights_sha256: str | None = None
+    fingerprint: str | None = None
+    dtype: str | None = None
+
+    @property
+    def label(self) -> str:
+        """``run/revision``: how messages name a checkpoint."""
+        return f"{self.run}/{self.revision}"
+
+    def described(self, files: tuple[WeightFile, ...], fingerprint: str | None) -> "Checkpoint":
+        """This checkpoint with its weight files, their total size, and the digest if every file has one."""
+        pairs = [(file.name, file.sha256) for file in files if file.sha256 is not None]
+        return self.model_copy(
+            update={
+                "files": files,
+                "bytes": sum(file.bytes for file in files),
+                "weights_sha256": weights_sha256(pairs) if len(pairs) == len(files) else None,
+                "fingerprint": fingerprint,
+            }
+        )
+
+
+class _Source(_Frozen):
+    pattern: Annotated[
+        str, Field(description="regular expression of checkpoint names with a group 'step'")
+    ] = DEFAULT_PATTERN
+    tokens_per_step: Annotated[
+        int | None, Field(description="training tokens per step, where names do not say them", gt=0)
+    ] = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+        if "step" not in groups:
+            raise ValueError(f"pattern {pattern!r} has no group (?P<step>...)")
+        return pattern
+
+
+class HubSource(_Source):
+    """A series on the Hugging Face Hub: one repository per run, one branch per checkpoint."""
+
+    kind: Literal["hub"] = "hub"
+    repos: Annotated[dict[str, str], Field(description="run name -> OWNER/NAME", min_length=1)]
+
+    @field_validator("repos")
+    @classmethod
+    def _repos(cls, repos: dict[str, str]) -> dict[str, str]:
+        for run, repo in repos.items():
+            check_name("run", run)
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+                raise ValueError(f"{repo!r} is not a repository OWNER/NAME")
+        return repos
+
+
+class DirSource(_Source):
+    """A series in a folder: PATH/step1000 (one run) or PATH/RUN/step1000 (several)."""
+
+    kind: Literal["dir"] = "dir"
+    path: Annotated[str, Field(description="folder; {root} stands for ROOT")]
+
+
+Source = Annotated[HubSource | DirSource, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class ParsedName:
+    """What a checkpoint's name says."""
+
+    step: int
+    stage: int | None
+    ingredient: int | None
+    tokens: int | None
+
+
+def parse_name(name: str, source: _Source) -> ParsedName | None:
+    """Read a branch or folder name by the source's pattern; None if it is no checkpoint's name.
+
+    Tokens come from the name (``tokens21B``: billions, rounded by whoever named it), else from
+    ``tokens_per_step``.
+    """
+    match = re.fullmatch(source.pattern, name)
+    if match is None:
+        return None
+    found = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+    step = found["step"]
+    if "btokens" in found:
+        tokens: int | None = found["btokens"] * 10**9
+    else:
+        tokens = step * source.tokens_per_step if source.tokens_per_step else None
+    return ParsedName(step, found.get("stage"), found.get("ingredient"), tokens)
+
+
+@dataclass(frozen=True)
+class StepRange:
+    """Steps ``first..last``, of which every ``stride``-th counted from ``first`` if a stride is given."""
+
+    first: int
+    last: int
+    stride: int | None = None
+
+    def __contains__(self, step: int) -> bool:
+        inside = self.first <= step <= self.last
+        return inside and (self.stride is None or (step - self.first) % self.stride == 0)
+
+
+@dataclass(frozen=True)
+class StepSelection:
+    """A choice among the steps that a series has, written ``0,1,2,4..512,1000..143000:1000``.
+
+    A single number must exist; ``a..b`` takes every checkpoint of that interval (both ends included);
+    ``a..b:s`` those at a, a+s, a+2s, ...
+    """
+
+    text: str
+    ranges: tuple[StepRange, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "StepSelection":
+        """Parse the notation above.
+
+        Raises:
+            UsageError: a part is not of that form, or an interval is empty.
+        """
+        ranges = []
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+)(?::(\d+))?)?\s*", part)
+            if match is None:
+                raise UsageError(f"step list {text!r}: {part.strip()!r} is not N, A..B or A..B:STRIDE")
+            first, last, stride = (int(g) if g is not None else None for g in match.groups())
+            assert first is not None
+            if (last is not None and last < first) or stride == 0:
+                raise UsageError(f"step list {text!r}: {part.strip()!r} selects nothing")
+            ranges.append(StepRange(first, first if last is None else last, stride))
+        return cls(text, tuple(ranges))
+
+    def select(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+        """The chosen checkpoints, in their order.
+
+        Raises:
+            UsageError: a single number is no step of any run, or nothing is selected.
+        """
+        steps = {checkpoint.step for checkpoint in checkpoints}
+        for item in self.ranges:
+            if item.first == item.last and item.first not in steps:
+                raise UsageError(f"step list {self.text!r}: there is no checkpoint at step {item.first}")
+        chosen = [c for c in checkpoints if any(c.step in item for item in self.ranges)]
+        if not chosen:
+            span = f"{min(steps)} to {max(steps)}" if steps else "none at all"
+            raise UsageError(f"step list {self.text!r} selects no checkpoint; the series has steps {span}")
+        return chosen

@@ -1,0 +1,73 @@
+"""Catalogue of a series: list, choose steps, describe, audit, record. No weights are downloaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from storage.audit import Finding, audit, changed
+from storage.errors import OntogenyError
+from storage.series import Checkpoint, DirSource, HubSource, StepSelection
+from storage.sources import describe, list_source, record, recorded
+from storage.store import Store
+
+
+@dataclass
+class Catalogue:
+    """The chosen checkpoints of a series and what the audit says of them."""
+
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def excluded(self) -> dict[tuple[str, int], str]:
+        """(run, step) of the checkpoints that an error excludes from measuring, with the error."""
+        return {
+            (f.run, f.step): f.detail for f in self.findings if f.severity == "error" and f.step is not None
+        }
+
+    @property
+    def sound(self) -> list[Checkpoint]:
+        """Checkpoints that may be measured."""
+        excluded = self.excluded
+        return [c for c in self.checkpoints if (c.run, c.step) not in excluded]
+
+
+def catalogue(
+    store: Store,
+    series: str,
+    source: HubSource | DirSource,
+    steps: str | None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Catalogue:
+    """List the series, describe the chosen checkpoints, audit them, and write both tables.
+
+    A checkpoint that cannot be described is a finding of severity error; the others go on.
+
+    Raises:
+        UsageError: the source does not exist, or ``steps`` selects nothing.
+        HubError: the Hub did not list the series.
+    """
+    listing = list_source(series, source, store.root)
+    chosen = listing.checkpoints
+    if steps is not None:
+        chosen = StepSelection.parse(steps).select(chosen)
+    known = recorded(store, series)
+    result = Catalogue()
+    for number, checkpoint in enumerate(chosen):
+        progress(number, len(chosen))
+        before = known.get((checkpoint.run, checkpoint.revision))
+        try:
+            described = describe(checkpoint, before)
+        except OntogenyError as error:
+            result.findings.append(Finding(checkpoint.run, checkpoint.step, "damaged", "error", str(error)))
+            result.checkpoints.append(checkpoint)
+            continue
+        result.findings += changed(described, before)
+        result.checkpoints.append(described)
+        if described != before:
+            record(store, described)
+    progress(len(chosen), len(chosen))
+    result.findings += audit(result.checkpoints, listing.unparsed)
+    for run in sorted({c.run for c in result.checkpoints}):
+        rows = [f.row() for f in result.findings if f.run == run]
+        store.write("findings", rows, series=series, run=run, name="audit")
+    return result

@@ -1,0 +1,144 @@
+"""A small store with known answers: three runs of 20 checkpoints, four layers, the third run odd."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from storage import Store
+
+RUNS = ("seed1", "seed2", "seed3")
+STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(600, 1500, 100))
+LAYERS = 4
+FAILED = ("seed2", 128)
+GAP = ("seed1", 8)
+MODEL = "fit0123456789abcdef"
+AT = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+
+
+def rankme(run: str, step: int, layer: int) -> float:
+    """Value of rankme_cov: falls by 10 and rises again, one unit higher per run and layer."""
+    place = STEPS.index(step)
+    return 30 + abs(place - 10) + layer + RUNS.index(run) + 0.125
+
+
+def state(run: str, step: int) -> int:
+    """seed1 and seed2 go 0 -> 1 (at 32 and 64); seed3 goes 0 -> 1 -> 2 -> 1."""
+    if run == "seed3":
+        return 0 if step < 32 else 2 if 512 <= step < 800 else 1
+    return int(step >= (32 if run == "seed1" else 64))
+
+
+def _protocol(analyzer: str) -> str:
+    return json.dumps(
+        {
+            "analyzer": analyzer,
+            "version": 2,
+            "parameters": {"site": "resid_post"},
+            "probe": "9f86d081884c7d65",
+            "dtype": "float32",
+            "schema_version": 1,
+        }
+    )
+
+
+def _metrics(run: str, step: int) -> list[dict[str, object]]:
+    common = {"step": step, "tokens": step * 2048, "n": 4096, "recorded_at": AT}
+    spectra = {**common, "analyzer": "spectra", "protocol": _protocol("spectra"), "metric": "rankme_cov"}
+    rows: list[dict[str, object]] = []
+    for layer in range(LAYERS):
+        value: float | None = rankme(run, step, layer)
+        note = None
+        if (run, step, layer) == (*GAP, LAYERS - 1):
+            value, note = None, "the covariance has no rank <b>here</b>"
+        rows.append({**spectra, "site": "resid_post", "layer": layer, "value": value, "note": note})
+    rows.append({**spectra, "site": "final_norm", "value": 12.5})
+    rows.append(
+        {**common, "analyzer": "loss", "protocol": _protocol("loss"), "metric": "loss", "value": 7 - step / 1000}
+    )
+    return rows
+
+
+def fill(store: Store, series: str) -> None:
+    """Write every table the report reads."""
+    for run in RUNS:
+        listed = [
+            {"step": s, "tokens": s * 2048, "stage": None, "revision": f"step{s}", "recorded_at": AT}
+            for s in STEPS
+        ]
+        store.write("checkpoints", listed, series=series, run=run, name="catalogue")
+        for step in STEPS:
+            if (run, step) != FAILED:
+                store.write("metrics", _metrics(run, step), series=series, run=run, name=f"step{step}")
+        decoded = [
+            {"model": MODEL, "step": s, "tokens": None, "state": state(run, s), "posterior": 0.9}
+            for s in STEPS
+            if (run, s) != FAILED
+        ]
+        store.write("states", decoded, series=series, run=run, name=MODEL)
+    models = [
+        {
+            "model": MODEL,
+            "k": k,
+            "chosen": k == 3,
+            "bic": 1000.0 - k,
+            "heldout": float(abs(k - 3)),
+            "loglik": -500.0 + k,
+            "ari": 0.95,
+            "failed_restarts": 0,
+            "metrics": ["rankme_cov[resid_post.3]", "loss"],
+            "train_runs": ["seed1", "seed2"],
+            "heldout_runs": ["seed3"],
+            "parameters": json.dumps({"notes": ["two metrics are few"]}),
+        }
+        for k in range(1, 6)
+    ]
+    store.write("state_models", models, series=series, name=MODEL)
+    edges = [
+        {"from": 0, "to": 1, "count": 3, "runs": list(RUNS), "probability": 0.1},
+        {"from": 1, "to": 2, "count": 1, "runs": ["seed3"], "probability": 0.02},
+        {"from": 2, "to": 1, "count": 1, "runs": ["seed3"], "probability": 0.3},
+    ]
+    edges = [{"model": MODEL, **edge} for edge in edges]
+    store.write("transitions", edges, series=series, name=MODEL)
+    findings = [
+        {"step": None, "kind": "naming", "severity": "note", "detail": "branches are named stepN"},
+        {"step": 256, "kind": "duplicate", "severity": "warning", "detail": "same weights as step 128"},
+        {"step": 64, "kind": "odd", "severity": "error", "detail": "<script>alert(1)</script> & more"},
+    ]
+    store.write("findings", findings, series=series, run="seed3", name="audit")
+    failures = [
+        {"step": FAILED[1], "analyzer": None, "error": "truncated </script><img src=x>", "attempt": 1, "at": AT},
+        {"step": 256, "analyzer": "loss", "error": "out of memory", "attempt": 1, "at": AT},
+    ]
+    store.write("failures", failures, series=series, run=FAILED[0], name="attempts")
+    invocation = {
+        "invocation": "a1",
+        "command": "measure",
+        "config": json.dumps({"series": series}),
+        "versions": json.dumps({"ontogeny": "0.1.0"}),
+        "machine": json.dumps({"cores": 2}),
+        "started": AT - timedelta(minutes=3),
+        "finished": AT,
+        "counts": json.dumps({"checkpoints": 60}),
+    }
+    store.write("provenance", [invocation], series=series, name="a1")
+
+
+@pytest.fixture(scope="session")
+def report_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The store with the series ``toy``, and ``bare`` that was only catalogued."""
+    root: Path = tmp_path_factory.mktemp("report-store")
+    store = Store(root)
+    fill(store, "toy")
+    store.write("checkpoints", [{"step": 0}], series="bare", run="seed1", name="catalogue")
+    return store
+
+
+@pytest.fixture(scope="session")
+def report_page(report_store: Store) -> str:
+    """The report of the series ``toy``."""
+    from flows.report import render_report
+
+    return render_report(report_store, "toy")
