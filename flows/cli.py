@@ -90,7 +90,7 @@ def demo(root: RootOption = DEFAULT_ROOT) -> None:
     from flows.config import resolve
     from flows.specimen import train_specimen
     from flows.study import study_series
-    from tasks.specimen import SpecimenConfig
+    from tasks.specimen.config import SpecimenConfig
 
     _quiet()
     trained = train_specimen(SpecimenConfig(out=Path(root) / "specimen"))
@@ -141,7 +141,7 @@ def specimen(
     """
     from flows.config import parse_override, validated
     from flows.specimen import train_specimen
-    from tasks.specimen import SpecimenConfig
+    from tasks.specimen.config import SpecimenConfig
 
     given = {
         "out": out_folder,

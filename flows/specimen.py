@@ -4,7 +4,9 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.progress import bars
-from tasks.specimen import SpecimenConfig, is_done, train_all
+from tasks.specimen.config import SpecimenConfig
+from tasks.specimen.runs import train_all
+from tasks.specimen.train import is_done
 
 
 @task(name="train-specimen", cache_policy=NO_CACHE)

@@ -80,7 +80,9 @@ def _gaps(run: str, steps: Sequence[int]) -> list[Finding]:
     stride, count = Counter(differences).most_common(1)[0]
     missing: list[int] = []
     if count >= 3:
-        linear = [step for step in steps if step % stride == 0 and step > 0]
+        # The linear part need not lie on multiples of its stride: 1000, 11000, 21000, ...
+        offset = next(a for a, b in pairwise(steps) if b - a == stride) % stride
+        linear = [step for step in steps if step % stride == offset and step > 0]
         missing += sorted(set(range(linear[0], linear[-1], stride)) - set(steps))
         head = [step for step in steps if 0 < step < linear[0]]
     else:

@@ -1,13 +1,14 @@
 """Checkpoints on the Hugging Face Hub, through its own client: list, pin, describe, fetch."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub as hf
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from storage.errors import OntogenyError, UsageError
 from storage.series import Checkpoint, HubSource, WeightFile, parse_name
@@ -16,10 +17,22 @@ from storage.series import Checkpoint, HubSource, WeightFile, parse_name
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 _TEXT_FILES = ["*.json", "*.txt", "*.model"]
+_WEIGHTS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 class HubError(OntogenyError):
     """The Hub did not give what was asked for; the sentence says what and where."""
+
+
+@contextmanager
+def _asking(what: str) -> Iterator[None]:
+    """Turn the client's errors into a :class:`HubError`: those of its HTTP library have no public base."""
+    try:
+        yield
+    except OntogenyError:
+        raise
+    except Exception as error:
+        raise HubError(f"{what}: {first_line(error)}") from error
 
 
 def list_hub(series: str, source: HubSource) -> tuple[list[Checkpoint], list[str]]:
@@ -35,14 +48,13 @@ def list_hub(series: str, source: HubSource) -> tuple[list[Checkpoint], list[str
     found: list[Checkpoint] = []
     unparsed: list[str] = []
     for run, repo in source.repos.items():
-        try:
-            branches = hf.HfApi().list_repo_refs(repo).branches
-        except RepositoryNotFoundError:
-            raise UsageError(
-                f"repository {repo!r} does not exist on the Hub, or is not yours to read"
-            ) from None
-        except (HfHubHTTPError, OSError) as error:
-            raise HubError(f"{repo}: the Hub did not list branches: {first_line(error)}") from error
+        with _asking(f"{repo}: the Hub did not list branches"):
+            try:
+                branches = hf.HfApi().list_repo_refs(repo).branches
+            except RepositoryNotFoundError:
+                raise UsageError(
+                    f"repository {repo!r} does not exist on the Hub, or is not yours to read"
+                ) from None
         here = []
         for branch in branches:
             parsed = parse_name(branch.name, source)
@@ -77,7 +89,7 @@ def describe_hub(checkpoint: Checkpoint, known: Checkpoint | None = None) -> Che
         HubError: the Hub did not answer, or the repository has no weights at that commit.
     """
     if known is not None and known.weights_sha256 and known.location == checkpoint.location:
-        return known
+        return checkpoint.described_as(known)
     return checkpoint.described(weight_files(checkpoint), checkpoint.commit)
 
 
@@ -85,21 +97,30 @@ def weight_files(checkpoint: Checkpoint) -> tuple[WeightFile, ...]:
     """Weight files at the pinned commit, safetensors preferred, with sizes and LFS digests.
 
     Raises:
-        HubError: the Hub did not answer, or the repository has no weights at that commit.
+        HubError: the Hub did not answer, the repository has no weights at that commit, a shard is absent, or
+            a file is not kept in LFS (which is how a pointer committed in place of weights looks).
     """
-    try:
+    with _asking(f"{checkpoint.label}: the Hub did not list files"):
         tree = list(hf.HfApi().list_repo_tree(checkpoint.location, revision=checkpoint.commit))
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"{checkpoint.label}: the Hub did not list files: {first_line(error)}") from error
-    entries = [entry for entry in tree if isinstance(entry, hf.RepoFile)]
-    for suffix in (".safetensors", ".bin"):
-        stems = ("model", "pytorch_model")
-        chosen = [e for e in entries if e.path.endswith(suffix) and e.path.startswith(stems)]
-        if chosen:
-            return tuple(
-                WeightFile(name=e.path, bytes=e.size, sha256=e.lfs.sha256 if e.lfs else None) for e in chosen
-            )
+    entries = {entry.path: entry for entry in tree if isinstance(entry, hf.RepoFile)}
+    for stem, suffix in _WEIGHTS:
+        shards = [re.fullmatch(rf"{stem}-(\d+)-of-(\d+)\.{suffix}", path) for path in sorted(entries)]
+        found = [shard for shard in shards if shard is not None]
+        for shard in found:
+            if len(found) != int(shard[2]):
+                raise HubError(f"{checkpoint.label}: {len(found)} of {int(shard[2])} shards are there")
+        single = f"{stem}.{suffix}"
+        names = [shard[0] for shard in found] or ([single] if single in entries else [])
+        for name in names:
+            if entries[name].lfs is None:
+                raise HubError(f"{checkpoint.label}: {name!r} is not kept in LFS, so it is no weights file")
+        if names:
+            return tuple(_weight_file(entries[name]) for name in names)
     raise HubError(f"{checkpoint.label}: no weights at commit {checkpoint.commit}")
+
+
+def _weight_file(entry: hf.RepoFile) -> WeightFile:
+    return WeightFile(name=entry.path, bytes=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None)
 
 
 @contextmanager
@@ -111,15 +132,13 @@ def fetched_hub(checkpoint: Checkpoint, scratch: Path) -> Iterator[Path]:
     """
     folder = scratch / checkpoint.series / checkpoint.run / checkpoint.revision
     names = [file.name for file in checkpoint.files or weight_files(checkpoint)]
-    try:
+    with _asking(f"{checkpoint.label}: download failed"):
         hf.snapshot_download(
             checkpoint.location,
             revision=checkpoint.commit,
             local_dir=folder,
             allow_patterns=[*names, *_TEXT_FILES],
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise HubError(f"{checkpoint.label}: download failed: {first_line(error)}") from error
     try:
         yield folder
     finally:
@@ -136,12 +155,10 @@ def fetch_texts(checkpoint: Checkpoint, scratch: Path) -> Path:
     complete = folder / ".complete"
     if complete.exists():
         return folder
-    try:
+    with _asking(f"{checkpoint.label}: no tokenizer"):
         hf.snapshot_download(
             checkpoint.location, revision=checkpoint.commit, local_dir=folder, allow_patterns=_TEXT_FILES
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise HubError(f"{checkpoint.label}: no tokenizer: {first_line(error)}") from error
     complete.touch()
     return folder
 

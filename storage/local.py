@@ -75,7 +75,7 @@ def describe_folder(checkpoint: Checkpoint, known: Checkpoint | None = None) -> 
     stats = {name: (folder / name).stat() for name in names}
     fingerprint = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
     if known is not None and known.fingerprint == fingerprint and known.location == checkpoint.location:
-        return known
+        return checkpoint.described_as(known)
     files = tuple(
         WeightFile(name=name, bytes=stat.st_size, sha256=file_sha256(folder / name))
         for name, stat in stats.items()
@@ -92,7 +92,11 @@ def weight_names(folder: Path) -> list[str]:
     """
     for index, single in zip(_INDEXES, _SINGLES, strict=True):
         if (folder / index).is_file():
-            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            try:
+                listed = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+                names = sorted({str(name) for name in listed.values()})
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise DamagedCheckpointError(f"{folder.name}: {index!r} is no index of shards") from None
             for name in names:
                 if Path(name).name != name:
                     raise DamagedCheckpointError(f"{folder.name}: shard name {name!r} leaves its folder")
@@ -123,10 +127,12 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             raise DamagedCheckpointError(f"{path.parent.name}: {path.name!r} is no safetensors file")
         try:
             header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        except ValueError:
-            raise DamagedCheckpointError(f"{path.parent.name}: header of {path.name!r} is not JSON") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header.pop("__metadata__", None)
+            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise DamagedCheckpointError(
+                f"{path.parent.name}: header of {path.name!r} does not describe tensors"
+            ) from None
     if size < 8 + length + end:
         raise DamagedCheckpointError(
             f"{path.parent.name}: {path.name!r} is truncated: {size} of {8 + length + end} bytes"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 from pydantic import BaseModel, ConfigDict, Field
@@ -120,9 +121,10 @@ def _windows(documents: Iterable[Document], tokenizer: Tokenizer, size: int) -> 
     for index, document in enumerate(documents):
         text = document.text if index == 0 else f"\n\n{document.text}"
         pending += tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        while len(pending) >= size:
-            yield pending[:size]
-            pending = pending[size:]
+        whole = len(pending) // size * size
+        for start in range(0, whole, size):
+            yield pending[start : start + size]
+        pending = pending[whole:]
 
 
 def read_documents(config: ProbeConfig, root: str = "") -> Iterator[Document]:
@@ -149,6 +151,8 @@ def read_documents(config: ProbeConfig, root: str = "") -> Iterator[Document]:
             raise UsageError(f"probe text {path!r} is neither .txt, .jsonl nor .parquet")
     except FileNotFoundError:
         raise UsageError(f"probe text {path!r} does not exist") from None
+    except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise UsageError(f"probe text {path!r} cannot be read: {error}") from None
 
 
 def _json_lines(lines: Iterable[str], config: ProbeConfig) -> Iterator[Document]:
@@ -157,11 +161,14 @@ def _json_lines(lines: Iterable[str], config: ProbeConfig) -> Iterator[Document]
             continue
         try:
             record = json.loads(line)
-            yield Document(record[config.field], record.get("domain"))
+            text, domain = record[config.field], record.get("domain")
         except (ValueError, KeyError, TypeError):
+            text, domain = None, None
+        if not isinstance(text, str):
             raise UsageError(
-                f"probe text {config.text!r}: line {number} is no JSON object with {config.field!r}"
-            ) from None
+                f"probe text {config.text!r}: line {number} is no JSON object with a text in {config.field!r}"
+            )
+        yield Document(text, domain)
 
 
 def _parquet(path: str, config: ProbeConfig) -> Iterator[Document]:
@@ -171,6 +178,8 @@ def _parquet(path: str, config: ProbeConfig) -> Iterator[Document]:
         if config.field not in names:
             raise UsageError(f"probe text {path!r} has no column {config.field!r}; it has {names}")
         columns = [config.field, *(["domain"] if "domain" in names else [])]
-        for batch in file.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                yield Document(row[config.field], row.get("domain"))
+        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row[config.field], str):
+                raise UsageError(f"probe text {path!r}: row {number} has no text in {config.field!r}")
+            yield Document(row[config.field], row.get("domain"))

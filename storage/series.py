@@ -66,6 +66,11 @@ class Checkpoint(_Frozen):
             }
         )
 
+    def described_as(self, known: "Checkpoint") -> "Checkpoint":
+        """This checkpoint with the description of its weights taken from an earlier record of it."""
+        taken = ("commit", "bytes", "weights_sha256", "fingerprint", "dtype")
+        return self.model_copy(update={name: getattr(known, name) for name in taken})
+
 
 class _Source(_Frozen):
     pattern: Annotated[
@@ -90,7 +95,7 @@ class _Source(_Frozen):
 class HubSource(_Source):
     """A series on the Hugging Face Hub: one repository per run, one branch per checkpoint."""
 
-    kind: Literal["hub"] = "hub"
+    kind: Annotated[Literal["hub"], Field(description="repositories of the Hugging Face Hub")] = "hub"
     repos: Annotated[dict[str, str], Field(description="run name -> OWNER/NAME", min_length=1)]
 
     @field_validator("repos")
@@ -106,7 +111,7 @@ class HubSource(_Source):
 class DirSource(_Source):
     """A series in a folder: PATH/step1000 (one run) or PATH/RUN/step1000 (several)."""
 
-    kind: Literal["dir"] = "dir"
+    kind: Annotated[Literal["dir"], Field(description="a folder of checkpoints")] = "dir"
     path: Annotated[str, Field(description="folder; {root} stands for ROOT")]
 
 
@@ -132,7 +137,10 @@ def parse_name(name: str, source: _Source) -> ParsedName | None:
     match = re.fullmatch(source.pattern, name)
     if match is None:
         return None
-    found = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+    groups = {name: match.groupdict().get(name) for name in ("step", "stage", "ingredient", "btokens")}
+    if not all(value is None or value.isdecimal() for value in groups.values()) or groups["step"] is None:
+        return None
+    found = {name: int(value) for name, value in groups.items() if value is not None}
     step = found["step"]
     if "btokens" in found:
         tokens: int | None = found["btokens"] * 10**9

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,18 +37,32 @@ def _version_rows(table: pa.Table, spec: TableSpec) -> pa.Table:
     """Keep the newest rows only, as ``spec`` defines newest."""
     if "recorded_at" in table.column_names:
         table = table.sort_by("recorded_at")
-    if spec.newest_of is not None and len(table):
-        within = [*spec.newest_within]
-        latest = table.group_by(within, use_threads=False).aggregate([(spec.newest_of, "last")])
-        latest = latest.rename_columns([*within, spec.newest_of])
-        keep = {tuple(row.values()) for row in latest.to_pylist()}
-        columns = [table[name].to_pylist() for name in [*within, spec.newest_of]]
-        table = table.filter(pa.array([row in keep for row in zip(*columns, strict=True)]))
-    if spec.newest_by and len(table):
-        numbered = table.append_column("_row", pa.array(range(len(table)), pa.int64()))
-        last = numbered.group_by(list(spec.newest_by), use_threads=False).aggregate([("_row", "max")])
-        table = table.take(last["_row_max"].sort())
+    if spec.newest_of is not None:
+        latest = _last_alike(table, spec.newest_within)
+        value = _codes(table[spec.newest_of])
+        table = table.filter(pa.array(value == value[latest]))
+    if spec.newest_by:
+        latest = _last_alike(table, spec.newest_by)
+        table = table.filter(pa.array(latest == np.arange(len(table))))
     return table
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """Numbers that are equal exactly where values are; null equals null."""
+    encoded = pc.dictionary_encode(column, null_encoding="encode").combine_chunks()
+    return np.asarray(encoded.indices, dtype=np.int64)
+
+
+def _last_alike(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
+    """For each row the number of the last row that agrees with it on ``columns``."""
+    alike = np.zeros(len(table), dtype=np.int64)
+    for name in columns:
+        codes = _codes(table[name])
+        # Renumbered at every column, so that the product stays far below 2**63.
+        alike = np.unique(alike * (codes.max(initial=0) + 1) + codes, return_inverse=True)[1]
+    last = np.zeros(len(table), dtype=np.int64)
+    last[alike] = np.arange(len(table))  # of several rows with one number the last one stays
+    return last[alike]
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,11 @@ class TableView:
                 f"{clash.iloc[0]['column']!r} has several values at step {clash.iloc[0]['step']}: "
                 "choose one protocol before wide()"
             )
-        index = ["series", "run", "step", "tokens"]
-        return frame.pivot(index=index, columns="column", values="value").reset_index()
+        index = ["series", "run", "step"]
+        pivoted = frame.pivot(index=index, columns="column", values="value")
+        # Tokens are no part of the index: they may be null, or known for some analyzers' rows only.
+        pivoted.insert(0, "tokens", frame.groupby(index)["tokens"].max())
+        return pivoted.reset_index()
 
 
 def column_name(metric: str, site: str | None, layer: int | None, head: int | None) -> str:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,9 @@ def collect(store: Store, series: str) -> ReportData:
     columns = [*_PLACE, "run", "step", "tokens", "value", "n", "note", "protocol", "recorded_at"]
     metrics = store.table("metrics", series).to_arrow().select(columns).to_pandas()
     metrics = metrics[metrics["step"].notna() & metrics["run"].notna()]
-    runs = _runs(metrics, states, checkpoints, [*failures, *(f for f in findings if f["severity"] == "error")])
+    runs = _runs(
+        metrics, states, checkpoints, [*failures, *(f for f in findings if f["severity"] == "error")]
+    )
     done = metrics[["run", "step", "analyzer"]].drop_duplicates()
     return ReportData(
         series=series,
@@ -134,7 +137,7 @@ def collect(store: Store, series: str) -> ReportData:
 
 
 def read_json(text: str | None) -> dict[str, Any]:
-    """The object in ``text``; empty when it is null, broken or not an object, so that the page still opens."""
+    """The object in ``text``; empty when it is null, broken or no object, so that the page still opens."""
     try:
         value = json.loads(text or "{}")
     except ValueError:
@@ -204,7 +207,7 @@ def _trajectories(metrics: pd.DataFrame, runs: Sequence[Run]) -> list[Trajectory
     trajectories = []
     for row, values in zip(about.itertuples(index=False), grid, strict=True):
         analyzer, metric, site, layer, head, fewest, most = row
-        per_run = [_values(values[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        per_run = [_values(values[a:b]) for a, b in pairwise(starts)]
         trajectories.append(
             Trajectory(
                 analyzer=str(analyzer),
@@ -256,5 +259,6 @@ def _noted(metrics: pd.DataFrame) -> list[Row]:
     counted = odd.groupby(["metric", "note"], sort=True).agg(
         values=("absent", "size"), absent=("absent", "sum"), runs=("run", lambda names: sorted(set(names)))
     )
-    rows: list[Row] = counted.reset_index().to_dict(orient="records")
-    return rows
+    return [
+        {str(name): item for name, item in row.items()} for row in counted.reset_index().to_dict("records")
+    ]

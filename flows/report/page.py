@@ -115,7 +115,9 @@ def _captions(protocols: list[Protocol]) -> dict[str, str]:
     for protocol in protocols:
         row = _protocol_row(protocol)
         parts = [f"{protocol.analyzer} {row['version']}".removesuffix(f" {text.ABSENT}")]
-        parts += [f"{name} {row[name]}" for name in ("probe", "dtype", "parameters") if row[name] != text.ABSENT]
+        parts += [
+            f"{name} {row[name]}" for name in ("probe", "dtype", "parameters") if row[name] != text.ABSENT
+        ]
         lines.setdefault(protocol.analyzer, []).append("; ".join(parts))
     runs = {analyzer: [p.runs for p in protocols if p.analyzer == analyzer] for analyzer in lines}
     return {

@@ -3,7 +3,11 @@
 (() => {
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("report-data").textContent);
-  const config = { displaylogo: false, responsive: true, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // A list of what is wanted: by default Plotly offers a button that uploads the chart to its makers.
+  const config = {
+    displaylogo: false, displayModeBar: true, responsive: true, plotlyServerURL: "",
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+  };
   const dashes = ["solid", "dash", "dot", "dashdot"];
   const runColors = 6;
 
@@ -27,7 +31,7 @@
     const steps = runs.flatMap((run) => run.steps);
     const first = Math.min(...steps), last = Math.max(...steps);
     const ends = runs.flatMap((run) => cellEdges(run.steps, scale));
-    const axis = { title: { text: scale === "linear" ? "training step" : "training step (symlog)" }, zeroline: false, range: [Math.min(...ends), Math.max(...ends)] };
+    const axis = { title: { text: scale === "linear" ? "training step" : "training step (symlog)", font: { size: 13 }, standoff: 8 }, zeroline: false, range: [Math.min(...ends), Math.max(...ends)] };
     if (scale === "linear") return axis;
     const inside = (step) => step >= first && step <= last;
     let ticks = [];
@@ -158,7 +162,7 @@
       base: mine.map((stay) => stay.start), x: mine.map((stay) => stay.end - stay.start), y: mine.map((stay) => plain(stay.run.name)),
       marker: { color: fill, line: { width: 1, color: color("--paper") } },
       text: mine.map(() => String(state)), textposition: "inside", insidetextanchor: "middle", textangle: 0,
-      textfont: { color: data.stateInks[state] }, constraintext: "none", cliponaxis: true,
+      textfont: { color: data.stateInks[state] }, constraintext: "inside", cliponaxis: true,
       customdata: mine.map(({ run, from, to }) => `steps ${spell(run.steps[from])} to ${spell(run.steps[to])}, ${to - from + 1} ${to === from ? "checkpoint" : "checkpoints"}`),
       hovertemplate: `<b>%{y}</b><br>state ${state}: %{customdata}<extra></extra>`,
     }));
@@ -178,14 +182,14 @@
     const decoded = data.runs.filter((run) => run.states.some((state) => state !== null));
     const { axis, layout } = layoutBase();
     const plot = 360, gap = decoded.length ? 14 : 0, ribbons = decoded.length * 26, inner = plot + gap + ribbons;
-    const margin = { l: 70, r: 16, t: 44, b: 56 };
+    const margin = { l: 70, r: 40, t: 44, b: 56 };
     const x = { ...axis, ...stepAxis(data.runs, scale), anchor: decoded.length ? "y2" : "y" };
     Plotly.react(byId("line-plot"), [...lineTraces(trajectory, scale), ...ribbonTraces(scale)], {
-      ...layout, margin, height: inner + margin.t + margin.b, barmode: "overlay", hovermode: "closest", showlegend: true,
+      ...layout, margin, modebar: { ...layout.modebar, orientation: "v" }, height: inner + margin.t + margin.b, barmode: "overlay", hovermode: "closest", showlegend: true,
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
-      uniformtext: { minsize: 11, mode: "hide" },
+      uniformtext: { minsize: 9, mode: "hide" },
       xaxis: x,
-      yaxis: { ...axis, type: byId("value-axis").value, domain: [(ribbons + gap) / inner, 1], title: { text: `${plain(trajectory.metric)}<br><span style="font-size:11px">${plain(placeOf(trajectory))}</span>`, standoff: 8 }, exponentformat: "power" },
+      yaxis: { ...axis, type: byId("value-axis").value, domain: [(ribbons + gap) / inner, 1], title: { text: `${plain(trajectory.metric)}<br><span style="font-size:11px">${plain(placeOf(trajectory))}</span>`, standoff: 8, font: { size: 13 } }, exponentformat: "power" },
       yaxis2: { ...axis, type: "category", visible: decoded.length > 0, domain: [0, decoded.length ? ribbons / inner : 0.001], categoryorder: "array", categoryarray: decoded.map((run) => plain(run.name)), autorange: "reversed", showgrid: false, ticks: "", fixedrange: true },
     }, config);
     byId("line-caption").textContent = caption(trajectory);
@@ -203,7 +207,7 @@
     const { axis, layout } = layoutBase();
     const margin = { l: 70, r: 16, t: 30, b: 56 };
     const numbers = z.flat().filter((value) => value !== null);
-    const bar = { thickness: 12, outlinewidth: 0, title: { text: rows.length ? plain(rows[0].metric) : "", side: "right" } };
+    const bar = { thickness: 12, outlinewidth: 0, title: { text: rows.length ? plain(rows[0].metric) : "", side: "right", font: { size: 13 } } };
     if (log && numbers.length) {
       const decades = [];
       for (let d = Math.ceil(Math.min(...numbers)); d <= Math.max(...numbers); d++) decades.push(d);
@@ -211,7 +215,7 @@
       else Object.assign(bar, tickEnds(numbers));
     }
     const trace = {
-      type: "heatmap", colorscale: "Cividis", hoverongaps: false, colorbar: bar, z,
+      type: "heatmap", colorscale: "Viridis", hoverongaps: false, colorbar: bar, z,
       x: cellEdges(run.steps, scale), y: rows.map((t) => String(t.layer)),
       customdata: rows.map((t) => t.values[r].map((value, i) => value === null ? "" : `step ${spell(run.steps[i])}${tokenText(run, i)}<br>${plain(t.metric)} ${spell(value)}${stateText(run, i)}`)),
       hovertemplate: "<b>layer %{y}</b><br>%{customdata}<extra></extra>",
@@ -219,7 +223,7 @@
     Plotly.react(byId("heat-plot"), [trace], {
       ...layout, margin, height: Math.max(240, Math.min(rows.length * 26, 560)) + margin.t + margin.b,
       xaxis: { ...axis, ...stepAxis([run], scale), showgrid: false },
-      yaxis: { ...axis, type: "category", title: { text: "layer", standoff: 8 }, showgrid: false, nticks: 24 },
+      yaxis: { ...axis, type: "category", title: { text: "layer", standoff: 8, font: { size: 13 } }, showgrid: false, nticks: 24 },
     }, config);
     byId("heat-caption").textContent = rows.length
       ? `${caption({ ...rows[0], layer: null })} Run ${run.name}; the step axis follows the choice above.`
@@ -260,6 +264,7 @@
 
   // Thousands are separated for reading only, and a dash stands for nothing.
   const cellText = (c) => {
+    if (c.dataset.csv) return c.dataset.csv;
     const text = c.textContent.trim();
     return text === "–" ? "" : c.classList.contains("num") ? text.replace(/,/g, "") : text;
   };

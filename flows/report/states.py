@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from flows.report.data import ReportData, Row, Run, read_json
@@ -20,12 +21,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of state: ``step`` is the first checkpoint in the new state, ``before`` the last in the old."""
+    """A change of state: ``step`` is the first checkpoint in the new state."""
 
     run: str
     source: int
     target: int
-    before: int
     step: int
 
 
@@ -49,13 +49,13 @@ def paths(data: ReportData) -> dict[str, list[Segment]]:
 
 
 def changes(walks: dict[str, list[Segment]]) -> dict[tuple[int, int], list[Change]]:
-    """Changes of state of all runs by edge, in order of edge."""
+    """Changes of state of all runs by edge, the earliest edge (by median step) first."""
     found: dict[tuple[int, int], list[Change]] = {}
     for run, walk in walks.items():
-        for old, new in zip(walk, walk[1:], strict=False):
-            change = Change(run, old.state, new.state, old.last, new.first)
+        for old, new in pairwise(walk):
+            change = Change(run, old.state, new.state, new.first)
             found.setdefault((old.state, new.state), []).append(change)
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: (median(change.step for change in item[1]), item[0])))
 
 
 def describe_changes(walks: dict[str, list[Segment]]) -> list[str]:
@@ -115,7 +115,7 @@ def describe_oddities(walks: dict[str, list[Segment]]) -> list[str]:
     """Sentences on the runs that stand out and on what divides the runs."""
     if not walks:
         return []
-    sentences = [f"{run} is odd: it {join(reasons)}." for run, reasons in oddities(walks).items()]
+    sentences = [f"{run} is odd: it {'; it '.join(reasons)}." for run, reasons in oddities(walks).items()]
     few = len(walks) < 3
     divided = []
     for state, visitors in _visitors(walks).items():

@@ -9,11 +9,13 @@ from flows.report.text import join, number, plural, tokens
 
 # Notes on the fit that the summary repeats; the section shows them all.
 _NOTES = 4
+# More runs than this are counted, not named.
+_NAMES = 4
 
 
 @dataclass(frozen=True)
 class Point:
-    """One question of the reader, its answer in a few words, the sentences behind it, and where to read on."""
+    """One question of the reader, its answer in a few words, the sentences behind it and where to read on."""
 
     title: str
     headline: str
@@ -39,12 +41,12 @@ def _measured(data: ReportData) -> Point:
     steps = sorted({step for _, step in done})
     seen = [count for run in data.runs for count in run.tokens if count is not None]
     last = f" ({tokens(max(seen))} tokens)" if seen else ""
-    names = join(runs) if len(runs) <= 12 else f"{runs[0]} to {runs[-1]}"
+    names = f" ({join(runs)})" if len(runs) <= _NAMES else ""
     span = f"from step {number(steps[0])} to {number(steps[-1])}"
     if steps[0] == steps[-1]:
         span = f"at step {number(steps[0])}"
     sentences = [
-        f"{plural(len(done), 'checkpoint')} of {plural(len(runs), 'run')} ({names}) measured, {span}{last}."
+        f"{plural(len(done), 'checkpoint')} of {plural(len(runs), 'run')}{names} measured, {span}{last}."
     ]
     left = {(row["run"], row["step"]) for row in data.checkpoints} - done
     if left:
@@ -65,7 +67,9 @@ def _states(data: ReportData, walks: dict[str, list[states.Segment]]) -> Point:
     if chosen is None or not walks:
         return Point(title, "None fitted yet", ["No states have been fitted yet."], section)
     seen = {segment.state for walk in walks.values() for segment in walk}
-    sentences = [f"{plural(len(seen), 'state')} found in {plural(len(chosen['metrics'] or []), 'trajectory')}."]
+    sentences = [
+        f"{plural(len(seen), 'state')} found in {plural(len(chosen['metrics'] or []), 'trajectory')}."
+    ]
     sentences += states.describe_changes(walks) or ["No run changes its state."]
     sentences.append(states.describe_choice(data.models, chosen))
     notes = states.caveats(chosen)
@@ -107,7 +111,9 @@ def _quality(data: ReportData) -> Point:
     places = {(row["run"], row["step"]) for row in failed}
     if failed:
         verb = "remains" if len(places) == 1 else "remain"
-        sentences.append(f"{plural(len(places), 'checkpoint')} failed and {verb} unmeasured, in part or whole.")
+        sentences.append(
+            f"{plural(len(places), 'checkpoint')} failed and {verb} unmeasured, in part or whole."
+        )
     if len(data.failures) > len(failed):
         made_good = plural(len(data.failures) - len(failed), "failed attempt")
         sentences.append(f"{made_good} succeeded on another try.")

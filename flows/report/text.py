@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-ABSENT = "–"
+ABSENT = "\u2013"  # an en dash
 
 
 def number(value: float | None) -> str:

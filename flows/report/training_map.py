@@ -12,7 +12,7 @@ from flows.report.text import number, plural
 _WIDE_STATES = 5
 _METRICS = 4
 _HEAD, _LINE, _FOOT = 46, 32, 10
-_ARC, _LABEL = 46, 34
+_LABEL = 34
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,15 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
     """Lay out the states in ``rows`` and the edges of the table of transitions."""
     wide = len(rows) <= _WIDE_STATES
     names = list(rows[0].means)[:_METRICS] if wide and rows else []
-    width, gap = (188, 104) if wide else (112, 92)
+    width, gap = (188, 104) if wide else (110, 64)
     height = _HEAD + _LINE * len(names) + _FOOT
     place = {row.state: i for i, row in enumerate(rows)}
     edges = [e for e in data.transitions if e["from"] in place and e["to"] in place]
     spans = [place[edge["to"]] - place[edge["from"]] for edge in edges]
     above = max((span for span in spans if span > 1), default=0)
     below = max((-span for span in spans if span < 0), default=0)
-    # A Bezier arc with both handles at height h rises to 0.75 h; the label stands on its crest.
-    top = 0.75 * _ARC * above + _LABEL if above else 8
-    bottom = 0.75 * _ARC * (below + 1) + _LABEL if below else 8
+    top = 0.75 * _reach(above) + _LABEL if above else 8
+    bottom = 0.75 * _reach(below) + _LABEL if below else 8
     cards = [
         Card(
             row.state,
@@ -114,8 +113,8 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
                 line=line,
                 width=1.5 + 3 * edge["count"] / most,
                 label=label,
-                who=_shorten(runs[0], 14) if len(runs) == 1 else "",
-                title=f"State {edge['from']} to {edge['to']}: {number(edge['count'])} times, {', '.join(runs)}",
+                who=_tail(runs[0], 14) if len(runs) == 1 else "",
+                title=f"State {edge['from']} to {edge['to']}, {edge['count']} times: {', '.join(runs)}",
                 x=x,
                 y=y,
                 lone=several and len(runs) == 1,
@@ -123,6 +122,11 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
         )
     total = len(rows) * width + max(len(rows) - 1, 0) * gap + 2
     return TrainingMap(total, top + height + bottom, cards, arrows)
+
+
+def _reach(span: int) -> int:
+    """Height of the handles of an arc over ``span`` states; a Bezier arc rises to 3/4 of it."""
+    return 36 + 24 * span
 
 
 def _route(source: Card, target: Card, span: int) -> tuple[str, float, float]:
@@ -134,12 +138,17 @@ def _route(source: Card, target: Card, span: int) -> tuple[str, float, float]:
     forward = span > 0
     start = source.x + source.width * (0.68 if forward else 0.32)
     end = target.x + target.width * (0.32 if forward else 0.68)
-    reach = _ARC * (span if forward else 1 - span)
+    reach = _reach(abs(span))
     edge = source.y if forward else source.y + source.height
     away = -1 if forward else 1
     crest, tip, foot = edge + away * reach, edge + away * 12, edge + away * 3
     line = f"M{start:.0f},{foot:.0f} C{start:.0f},{crest:.0f} {end:.0f},{crest:.0f} {end:.0f},{tip:.0f}"
     return line, (start + end) / 2, edge + away * 0.75 * reach
+
+
+def _tail(name: str, length: int) -> str:
+    """The end of a run's name, where its seed or variant stands."""
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def _shorten(text: str, length: int) -> str:

@@ -33,7 +33,7 @@ class SpecimenConfig(BaseModel):
         2048, ge=258, le=65536, description="tokens: 256 bytes, <|endoftext|>, and merges"
     )
     length: int = Field(128, ge=2, description="tokens per sequence")
-    batch: int = Field(16, ge=1, description="sequences per optimiser update")
+    batch: int = Field(12, ge=1, description="sequences per optimiser update")
     lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(32, ge=0, description="steps of linear warm-up; a cosine to 10 % of lr follows")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, on matrices only")

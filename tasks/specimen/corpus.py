@@ -2,7 +2,7 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,6 +33,9 @@ SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "config-")
 HELD_OUT_SHARE: dict[Domain, float] = {"code": 0.05, "documentation": 0.25}
 
 PASSAGE_CHARACTERS = 1000
+# A line this long (characters) that stands in two documents is a quotation, not an idiom.
+LONG_LINE = 40
+LARGEST_OVERLAP = 0.25
 PASSAGES: dict[Domain, int] = {"code": 384, "documentation": 128}
 
 
@@ -100,17 +103,27 @@ def corpus_digest(documents: Iterable[Document]) -> str:
     return digest([[d.name, hashlib.sha256(d.text.encode()).hexdigest()] for d in documents])
 
 
-def passages(documents: Sequence[Document]) -> list[dict[str, str]]:
+def _long_lines(text: str) -> set[str]:
+    return {line.strip() for line in text.splitlines() if len(line.strip()) >= LONG_LINE}
+
+
+def passages(rest: Iterable[Document], train: Iterable[Document]) -> list[dict[str, str]]:
     """Probe rows ``{"text", "domain"}``: passages of 1000 characters, cut from the held-out documents.
 
-    Short passages let a probe of a few hundred sequences see many documents. At most 384 of code and 128
-    of documentation, picked and mixed by a hash of their place, so that any leading part holds both domains.
+    Documentation topics quote one another and modules share boilerplate, so a passage is left out where
+    more than a quarter of its long lines stand in a training document as well. Short passages let a probe
+    of a few hundred sequences see many documents. At most 384 of code and 128 of documentation, picked
+    and mixed by a hash of their place, so that any leading part holds both domains.
     """
+    trained = set().union(*(_long_lines(document.text) for document in train))
     keyed: list[tuple[str, Domain, str]] = []
-    for document in documents:
+    for document in rest:
         for start in range(0, len(document.text) - PASSAGE_CHARACTERS + 1, PASSAGE_CHARACTERS):
-            place = hashlib.sha256(f"{document.name}:{start}".encode()).hexdigest()
-            keyed.append((place, document.domain, document.text[start : start + PASSAGE_CHARACTERS]))
+            text = document.text[start : start + PASSAGE_CHARACTERS]
+            lines = _long_lines(text)
+            if len(lines & trained) <= LARGEST_OVERLAP * len(lines):
+                place = hashlib.sha256(f"{document.name}:{start}".encode()).hexdigest()
+                keyed.append((place, document.domain, text))
     keyed.sort()
     room = dict(PASSAGES)
     rows: list[dict[str, str]] = []

@@ -103,7 +103,7 @@ def prepare(config: SpecimenConfig) -> None:
     shutil.rmtree(config.out / PREPARED, ignore_errors=True)
     temporary.replace(config.out / PREPARED)
 
-    replace_text(config.out / PROBE, "".join(json.dumps(row) + "\n" for row in passages(rest)))
+    replace_text(config.out / PROBE, "".join(json.dumps(row) + "\n" for row in passages(rest, train)))
     record = {
         "recipe": config.recipe,
         "corpus": {

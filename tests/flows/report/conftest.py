@@ -55,7 +55,13 @@ def _metrics(run: str, step: int) -> list[dict[str, object]]:
         rows.append({**spectra, "site": "resid_post", "layer": layer, "value": value, "note": note})
     rows.append({**spectra, "site": "final_norm", "value": 12.5})
     rows.append(
-        {**common, "analyzer": "loss", "protocol": _protocol("loss"), "metric": "loss", "value": 7 - step / 1000}
+        {
+            **common,
+            "analyzer": "loss",
+            "protocol": _protocol("loss"),
+            "metric": "loss",
+            "value": 7 - step / 1000,
+        }
     )
     return rows
 
@@ -109,7 +115,13 @@ def fill(store: Store, series: str) -> None:
     ]
     store.write("findings", findings, series=series, run="seed3", name="audit")
     failures = [
-        {"step": FAILED[1], "analyzer": None, "error": "truncated </script><img src=x>", "attempt": 1, "at": AT},
+        {
+            "step": FAILED[1],
+            "analyzer": None,
+            "error": "truncated </script><img src=x>",
+            "attempt": 1,
+            "at": AT,
+        },
         {"step": 256, "analyzer": "loss", "error": "out of memory", "attempt": 1, "at": AT},
     ]
     store.write("failures", failures, series=series, run=FAILED[0], name="attempts")

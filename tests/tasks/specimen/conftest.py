@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -5,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tasks.specimen import SpecimenConfig, prepare
+from tasks.specimen.config import SpecimenConfig
+from tasks.specimen.data import prepare
 
 TINY: dict[str, Any] = {
     "seeds": 2,
@@ -31,11 +33,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny(prepared: Path, tmp_path: Path) -> Callable[[str], SpecimenConfig]:
-    """Makes a configuration with a prepared folder of its own."""
+def tiny(prepared: Path, tmp_path: Path) -> Callable[..., SpecimenConfig]:
+    """Makes a configuration, with changes that leave the tokens as they are, and a prepared folder for it."""
 
-    def make(name: str = "out") -> SpecimenConfig:
-        shutil.copytree(prepared, tmp_path / name)
-        return SpecimenConfig(out=tmp_path / name, **TINY)
+    def make(name: str = "out", **changes: Any) -> SpecimenConfig:
+        config = SpecimenConfig(out=tmp_path / name, **{**TINY, **changes})
+        shutil.copytree(prepared, config.out)
+        record = config.out / "specimen.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), "recipe": config.recipe}))
+        return config
 
     return make

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.specimen import SpecimenConfig
+from tasks.specimen.config import SpecimenConfig
 
 
 def test_defaults_round_trip() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from storage import OntogenyError
-from tasks.specimen import SpecimenConfig, is_done, train_all, train_run
+from tasks.specimen.config import SpecimenConfig
+from tasks.specimen.runs import train_all
+from tasks.specimen.train import is_done, train_run
 
 Make = Callable[..., SpecimenConfig]
 
@@ -21,7 +23,7 @@ def weights(config: SpecimenConfig) -> dict[str, bytes]:
 
 
 def test_parallel_processes_give_the_bits_of_this_one(tiny: Make) -> None:
-    config = tiny("many").model_copy(update={"workers": 2})
+    config = tiny("many", workers=2)
     seen: dict[int, list[int]] = {0: [], 1: []}
     runs = train_all(config, lambda seed, step, steps, loss: seen[seed].append(step))
     assert runs == [config.run_path(0), config.run_path(1)]
@@ -49,16 +51,15 @@ def test_a_failing_run_is_named_and_disturbs_no_other(tiny: Make) -> None:
 
 PARENT = """
 import sys
-from tasks.specimen import SpecimenConfig, train_all
+from tasks.specimen.config import SpecimenConfig
+from tasks.specimen.runs import train_all
 train_all(SpecimenConfig.model_validate_json(sys.argv[1]), lambda *event: print(*event, flush=True))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_its_parent(tiny: Make, number: signal.Signals) -> None:
-    config = tiny()
-    (config.out / "specimen.json").unlink()
-    config = config.model_copy(update={"steps": 1_000_000, "seeds": 1, "every": 100_000})
+    config = tiny(steps=1_000_000, seeds=1, every=100_000)
     command = [sys.executable, "-c", PARENT, config.model_dump_json()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage import OntogenyError, UsageError
-from tasks.specimen import SpecimenConfig, is_done, train_run
-from tasks.specimen.train import batch_rows, build_model, learning_rate
+from tasks.specimen.config import SpecimenConfig
+from tasks.specimen.state import STATE
+from tasks.specimen.train import batch_rows, build_model, is_done, learning_rate, train_run
 
 Make = Callable[..., SpecimenConfig]
 
@@ -89,45 +90,45 @@ def test_the_same_seed_gives_the_same_bits(trained: SpecimenConfig, tiny: Make) 
 
 KILLED = """
 import os, signal, sys
-from tasks.specimen import SpecimenConfig, train_run
+from tasks.specimen.config import SpecimenConfig
+from tasks.specimen.train import train_run
 def progress(step, steps, loss):
-    if step == int(sys.argv[2]):
+    if step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
 train_run(SpecimenConfig.model_validate_json(sys.argv[1]), 0, progress)
 """
 
 
-@pytest.mark.parametrize("step", [5, 6])
-def test_a_killed_run_resumes_to_the_same_bits(trained: SpecimenConfig, tiny: Make, step: int) -> None:
+def test_a_killed_run_resumes_to_the_same_bits(trained: SpecimenConfig, tiny: Make) -> None:
     config = tiny()
-    command = [sys.executable, "-c", KILLED, config.model_dump_json(), str(step)]
+    command = [sys.executable, "-c", KILLED, config.model_dump_json()]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert not is_done(config, 0)
     steps: list[int] = []
     train_run(config, 0, lambda step, steps_, loss: steps.append(step))
-    assert steps == list(range(5 if step == 5 else 7, 11))  # the last checkpoint was at 4 or 6
+    assert steps == list(range(7, 11))  # killed after step 8; the last checkpoint before it was at 6
     assert contents(config.run_path(0)) == contents(trained.run_path(0))
 
 
-def test_a_kill_while_saving_leaves_no_partial_checkpoint(
-    trained: SpecimenConfig, tiny: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["step4", STATE])
+def test_an_interrupt_while_saving_is_made_good(
+    trained: SpecimenConfig, tiny: Make, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     config = tiny()
+    run = config.run_path(0)
     replace = Path.replace
 
     def interrupted(self: Path, target: Path) -> Path:
-        if Path(target).name in ("step4", ".trainer_state.pt") and (self.parent / "step2").exists():
+        # Before the folder is in place; or after it, before the trainer's state is.
+        if target.name == name and (name == "step4" or (run / "step4").exists()):
             raise KeyboardInterrupt
         return replace(self, target)
 
-    run = config.run_path(0)
-    for present in (False, True):  # before the folder is in place; then between folder and trainer state
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                train_run(config, 0)
-        assert (run / "step4").exists() is present or not present
-        assert not (run / "step10").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config, 0)
+    assert (run / "step4").exists() is (name == STATE)
     train_run(config, 0)
     assert contents(run) == contents(trained.run_path(0))
 
@@ -159,17 +160,13 @@ def test_a_changed_recipe_is_refused(trained: SpecimenConfig) -> None:
 
 
 def test_a_loss_that_overflows_stops_the_run(tiny: Make) -> None:
-    config = tiny()
-    (config.out / "specimen.json").unlink()
-    hot = config.model_copy(update={"lr": 1e30, "warmup": 0})
+    config = tiny(lr=1e30, warmup=0)
     with pytest.raises(OntogenyError, match=r"seed0: the loss is nan .* than 1e\+30"):
-        train_run(hot, 0)
+        train_run(config, 0)
 
 
 def test_the_loss_falls(tiny: Make) -> None:
-    config = tiny()
-    (config.out / "specimen.json").unlink()
-    config = config.model_copy(update={"steps": 150, "every": 150, "batch": 8, "lr": 1e-2})
+    config = tiny(steps=150, every=150, batch=8, lr=1e-2)
     losses = [line["loss"] for line in log_of(train_run(config, 0))]
     assert sum(losses[:10]) / 10 > 5.0
     assert sum(losses[-10:]) / 10 < 4.0

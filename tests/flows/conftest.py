@@ -1,0 +1,94 @@
+"""A real Prefect server, a real tiny series, and the command line as a person calls it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flow_support import Cli, free_port
+
+from tasks.specimen.config import SpecimenConfig
+from tasks.specimen.runs import train_all
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of the API of a server of its own, with an empty database."""
+    home = tmp_path_factory.mktemp("prefect")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(240):
+                assert server.poll() is None, (home / "server.log").read_text()
+                try:
+                    with urllib.request.urlopen(f"{url}/health", timeout=2):
+                        break
+                except OSError:
+                    time.sleep(0.5)
+            else:
+                pytest.fail((home / "server.log").read_text())
+            yield url
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+@pytest.fixture(scope="session")
+def environment(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a subprocess that talks to that server."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "ONTOGENY_"))}
+    return kept | {
+        "PREFECT_API_URL": prefect_server,
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("home")),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def cli(environment: dict[str, str]) -> Cli:
+    """Call ``ontogeny`` with arguments and wait for it."""
+
+    def call(*arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flows.cli", *arguments]
+        return subprocess.run(
+            command, env=environment | options, capture_output=True, text=True, timeout=240, check=False
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of two trained runs with checkpoints at 0, 1, 2, 4, 6, 8; read only."""
+    folder = tmp_path_factory.mktemp("series") / "tiny"
+    config = SpecimenConfig(
+        out=folder,
+        seeds=2,
+        steps=8,
+        log_until=4,
+        every=2,
+        width=32,
+        layers=2,
+        heads=2,
+        vocabulary=300,
+        length=32,
+        batch=2,
+        warmup=2,
+    )
+    train_all(config)
+    return folder
+
+
+@pytest.fixture
+def series(tiny_series: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny series that a test may damage."""
+    return Path(shutil.copytree(tiny_series, tmp_path / "tiny"))

@@ -1,0 +1,424 @@
+"""The report on a store with known answers: its sentences, its data, and the page in a real Chromium."""
+
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.report import render_report
+from flows.report.data import collect
+from flows.report.states import Segment, describe_oddities, oddities
+from flows.report.summary import summarize
+from storage import Store, UsageError
+
+
+class _Elements(HTMLParser):
+    """Tags with their attributes, the embedded data, and the visible text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.json = ""
+        self._inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside = "data" if dict(attrs).get("id") == "report-data" else tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "data":
+            self.json += data
+        elif not self._inside:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def elements(report_page: str) -> _Elements:
+    return _Elements(report_page)
+
+
+def _sentences(store: Store, series: str) -> dict[str, list[str]]:
+    return {point.title: point.sentences for point in summarize(collect(store, series))}
+
+
+def test_page_refers_to_nothing_outside(elements: _Elements, report_page: str) -> None:
+    for tag, attributes in elements.tags:
+        for name in ("src", "href", "action", "data", "srcset", "xlink:href"):
+            target = attributes.get(name)
+            assert target is None or target.startswith("#") or target == "data:,", (tag, name, target)
+    styles = "".join(re.findall(r"<style>(.*?)</style>", report_page, re.DOTALL))
+    assert "url(" not in styles
+    assert "@import" not in styles
+    policy = [a["content"] for t, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy[0] is not None
+    assert policy[0].startswith("default-src 'none'")
+
+
+def test_text_from_tables_is_escaped(elements: _Elements, report_page: str) -> None:
+    assert [tag for tag, _ in elements.tags].count("script") == 3  # plotly, data, ours
+    assert "img" not in [tag for tag, _ in elements.tags]
+    assert "<script>alert(1)" not in report_page
+    text = "".join(elements.text)
+    assert "<script>alert(1)</script> & more" in text
+    assert "truncated </script><img src=x>" in text
+    assert "the covariance has no rank <b>here</b>" in text
+
+
+def test_markup_in_names_cannot_leave_the_embedded_data(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    name = "</script><script>alert(1)</script>"
+    rows = [{"step": 0, "analyzer": name, "metric": name, "site": name, "value": 1.0}]
+    store.write("metrics", rows, series="s", run="r", name="x")
+    elements = _Elements(render_report(store, "s"))
+    assert [tag for tag, _ in elements.tags].count("script") == 3
+    assert json.loads(elements.json)["trajectories"][0]["metric"] == name
+
+
+def test_summary_says_what_is_known(report_store: Store) -> None:
+    assert _sentences(report_store, "toy") == {
+        "What was measured": [
+            "59 checkpoints of 3 runs (seed1, seed2 and seed3) measured, "
+            "from step 0 to 1,400 (2.87 M tokens).",
+            "1 checkpoint of the catalogue not measured.",
+            "2 metrics, 6 trajectories over 4 layers.",
+        ],
+        "States of training": [
+            "3 states found in 2 trajectories.",
+            "State 0 changes to 1 at steps 32 to 64 (median 32) in all 3 runs.",
+            "State 1 changes to 2 at step 512 in seed3.",
+            "State 2 changes to 1 at step 800 in seed3.",
+            "3 states were chosen among 1 to 5: they give the lowest BIC on held-out seed3.",
+            "Two metrics are few.",
+        ],
+        "Odd runs": [
+            "seed3 is odd: it visits state 2, which no other run visits; it re-enters state 1 at step 800."
+        ],
+        "Data quality": [
+            "The audit found 1 error, 1 warning and 1 note.",
+            "1 checkpoint failed and remains unmeasured, in part or whole.",
+            "1 failed attempt succeeded on another try.",
+            "1 value could not be computed; lines have gaps there.",
+        ],
+    }
+
+
+def _walk(*states: int) -> list[Segment]:
+    return [Segment(state, 10 * i, 10 * i + 5, 2) for i, state in enumerate(states)]
+
+
+def test_odd_runs() -> None:
+    alike = {"a": _walk(0, 1, 2), "b": _walk(0, 1, 2), "c": _walk(0, 1, 2)}
+    assert oddities(alike) == {}
+    assert describe_oddities(alike) == [
+        "No run stands out: all visit the same states, and none returns to a state it left."
+    ]
+    assert oddities({**alike, "d": _walk(0, 2)}) == {"d": ["never visits state 1, which all others visit"]}
+    assert oddities({**alike, "d": _walk(0, 2, 1)}) == {
+        "d": ["meets the states in another order (0 → 2 → 1)"]
+    }
+    assert oddities({**alike, "d": _walk(0, 1, 0, 2)}) == {"d": ["re-enters state 0 at step 20"]}
+
+
+def test_what_a_majority_does_is_not_odd() -> None:
+    returning = {"a": _walk(0, 1, 0), "b": _walk(0, 1, 0), "c": _walk(0, 1)}
+    assert describe_oddities(returning) == ["No run stands out.", "a and b re-enter state 0."]
+
+
+def test_two_runs_cannot_tell_which_is_odd() -> None:
+    assert describe_oddities({"a": _walk(0, 1), "b": _walk(0)}) == [
+        "Only two runs have states, so no run can be called odd.",
+        "Only a visits state 1.",
+    ]
+
+
+def test_gaps_stay_null(elements: _Elements) -> None:
+    data = json.loads(elements.json)
+    start = data["trajectories"][data["start"]]
+    assert (start["metric"], start["site"], start["layer"]) == ("rankme_cov", "resid_post", 3)
+    seed1, seed2 = data["runs"][0], data["runs"][1]
+    assert start["values"][0][seed1["steps"].index(8)] is None
+    assert start["values"][0][seed1["steps"].index(16)] == 38.125
+    failed = seed2["steps"].index(128)
+    assert start["values"][1][failed] is None
+    assert seed2["states"][failed] is None
+    assert start["n"] == [4096, 4096]
+    assert "spectra 2; probe 9f86d081884c7d65; dtype float32" in data["protocols"]["spectra"]
+
+
+def test_means_of_states_are_those_of_their_checkpoints(elements: _Elements) -> None:
+    text = " ".join(elements.text)
+    # State 2: seed3 at steps 512, 600 and 700, layer 3: 30.125 + 3 + 2 + (0, 1, 2).
+    assert "36.125" in text
+
+
+def test_steps_that_nobody_measured_break_no_line(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("checkpoints", [{"step": s} for s in range(5)], series="s", run="r", name="catalogue")
+    rows = [{"step": s, "analyzer": "a", "metric": "m", "value": 1.0} for s in (0, 2, 4)]
+    store.write("metrics", rows, series="s", run="r", name="x")
+    assert collect(store, "s").runs[0].steps == [0, 2, 4]
+
+
+def test_values_that_are_not_finite_are_absent(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    values = [1 / 3, float("inf"), float("nan"), None]
+    rows = [{"step": s, "analyzer": "a", "metric": "m", "value": v} for s, v in enumerate(values)]
+    store.write("metrics", rows, series="s", run="r", name="x")
+    assert collect(store, "s").trajectories[0].values == [[0.333333, None, None, None]]
+
+
+def test_runs_may_differ_in_protocol(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for run, version in (("r1", 1), ("r2", 2)):
+        row = {"step": 0, "analyzer": "a", "metric": "m", "value": 1.0}
+        row["protocol"] = json.dumps({"analyzer": "a", "version": version})
+        store.write("metrics", [row], series="s", run=run, name="x")
+    assert "Runs were measured under different protocols by a." in _sentences(store, "s")["Data quality"]
+    captions = json.loads(_Elements(render_report(store, "s")).json)["protocols"]
+    assert captions == {"a": "r1: a 1 / r2: a 2"}
+
+
+def test_a_series_that_was_only_catalogued(report_store: Store) -> None:
+    text = " ".join(_Elements(render_report(report_store, "bare")).text)
+    for sentence in (
+        "No checkpoint has been measured yet.",
+        "No metrics have been measured yet, so there is nothing to plot.",
+        "No metric has been measured by layer, so there is no heat map.",
+        "No states have been fitted yet, so there is no training map.",
+        "The series has not been audited.",
+        "No checkpoint failed.",
+        "Nothing has been measured, so there is no protocol.",
+        "The store has no record of an invocation for this series.",
+    ):
+        assert sentence in text
+
+
+def test_an_audit_without_findings(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("findings", [], series="s", run="r", name="audit")
+    assert "The audit found nothing to report." in _sentences(store, "s")["Data quality"]
+
+
+def test_a_model_with_broken_parameters_and_without_states(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    row = {"model": "m", "k": 1, "chosen": True, "parameters": "{not json"}
+    store.write("state_models", [row], series="s", name="m")
+    text = " ".join(_Elements(render_report(store, "s")).text)
+    assert "A state model was fitted, but the decoded states are not in the store." in text
+
+
+def test_unknown_series(report_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'nope' is not in the store.*it holds bare, toy"):
+        render_report(report_store, "nope")
+    with pytest.raises(UsageError, match="it holds no series yet"):
+        render_report(Store(tmp_path), "toy")
+
+
+# ---- in Chromium
+
+
+def _chromium() -> str:
+    found = os.environ.get("CHROMIUM") or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if found is None:
+        sentence = "no Chromium found: install one, or name it in the environment variable CHROMIUM"
+        if os.environ.get("CI"):
+            pytest.fail(sentence)
+        pytest.skip(sentence)
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    chromium = _chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser: Any, report_page: str, tmp_path: Path) -> Any:
+    """The page in a browser, watched for errors and requests; both are checked when the test ends."""
+    path = tmp_path / "report.html"
+    path.write_text(report_page, encoding="utf-8")
+    context = browser.new_context(color_scheme="light", viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    troubles: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda m: troubles.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: (troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    yield page
+    context.close()
+    assert troubles == []
+    outside = [url for url in requests if not url.startswith(("data:", "blob:"))]
+    assert outside == [path.as_uri()]
+
+
+def _lines(page: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = page.evaluate(
+        "document.getElementById('line-plot').data.filter((t) => t.type === 'scatter')"
+        ".map((t) => ({name: t.name, x: [...t.x], y: [...t.y]}))"
+    )
+    return found
+
+
+def test_first_view(opened: Any, tmp_path: Path) -> None:
+    lines = _lines(opened)
+    assert [line["name"] for line in lines] == ["seed1", "seed2", "seed3"]
+    assert lines[0]["x"][:2] == pytest.approx([0, 0.30103])  # symlog: step 0 has a place
+    assert lines[0]["y"][4] is None
+    ribbons = opened.evaluate(
+        "document.getElementById('line-plot').data.filter((t) => t.type === 'bar')"
+        ".map((t) => [t.name, [...t.y]])"
+    )
+    assert ribbons == [
+        ["state 0", ["seed1", "seed2", "seed3"]],
+        ["state 1", ["seed1", "seed2", "seed2", "seed3", "seed3"]],  # seed2 is cut by its failed step
+        ["state 2", ["seed3"]],
+    ]
+    heat = opened.evaluate("document.getElementById('heat-plot').data[0].z.map((row) => [...row])")
+    assert [len(row) for row in heat] == [20] * 4
+    assert heat[3][4] is None
+    opened.screenshot(path=tmp_path / "report.png", full_page=True)
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_pickers_change_the_plots(opened: Any) -> None:
+    at_last_layer = _lines(opened)[0]["y"][0]
+    opened.get_by_label("Layer", exact=True).select_option("0")
+    assert _lines(opened)[0]["y"][0] == at_last_layer - 3
+    assert "layer 0" in opened.locator("#line-caption").inner_text()
+    opened.locator("#line-metric").select_option(label="loss")
+    assert _lines(opened)[0]["y"][0] == 7
+    assert opened.locator("#line-layer").is_disabled()
+    opened.get_by_label("Step axis").select_option("linear")
+    assert _lines(opened)[0]["x"][-1] == 1400
+    opened.get_by_label("Run", exact=True).select_option("seed3")
+    assert opened.evaluate("document.getElementById('heat-plot').data[0].z[0][0]") == 42.125
+    opened.get_by_label("Colours").select_option("log")
+    shown = opened.evaluate("document.getElementById('heat-plot').data[0].z[0][0]")
+    assert 10**shown == pytest.approx(42.125)
+
+
+def test_hover_shows_value_state_and_step(opened: Any) -> None:
+    opened.evaluate("Plotly.Fx.hover('line-plot', [{curveNumber: 2, pointNumber: 0}])")
+    shown = opened.locator("#line-plot .hoverlayer").text_content()
+    for part in ("seed3", "step 0", "rankme_cov 45.125", "state 0", "posterior 0.9"):
+        assert part in shown
+
+
+def test_theme(opened: Any) -> None:
+    def ink() -> str:
+        text: str = opened.evaluate("document.getElementById('line-plot').layout.font.color")
+        return text
+
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = (ink(), opened.evaluate(background))
+    opened.get_by_role("button", name="Dark theme").click()
+    dark = (ink(), opened.evaluate(background))
+    assert light[0] != dark[0]
+    assert light[1] != dark[1]
+    opened.get_by_role("button", name="Light theme").click()
+    assert (ink(), opened.evaluate(background)) == light
+    opened.emulate_media(color_scheme="light")
+
+
+def test_keyboard_reaches_the_controls_in_order(opened: Any) -> None:
+    reached = []
+    for _ in range(60):
+        opened.keyboard.press("Tab")
+        reached.append(
+            opened.evaluate("document.activeElement.id || document.activeElement.getAttribute('href') || ''")
+        )
+        if reached[-1] == "heat-csv":
+            break
+    # With the fixture's single layered metric there is nothing to pick, so those two are not stops.
+    wanted = ["#summary", "theme", "#trajectories", "#protocol"]
+    wanted += ["line-metric", "line-site", "line-layer", "step-axis", "value-axis", "line-csv"]
+    wanted += ["heat-run", "heat-colors", "heat-csv"]
+    places = [reached.index(name) for name in wanted]
+    assert places == sorted(places)
+    opened.locator("#line-layer").focus()
+    before = _lines(opened)[0]["y"][0]
+    opened.keyboard.press("ArrowUp")
+    assert _lines(opened)[0]["y"][0] == before - 1
+
+
+def test_every_control_has_a_name(opened: Any) -> None:
+    unnamed = opened.evaluate(
+        "[...document.querySelectorAll('select, button')]"
+        ".filter((c) => !(c.labels && c.labels.length) && !c.textContent.trim() && !c.ariaLabel).length"
+    )
+    assert unnamed == 0
+
+
+def test_no_control_sends_a_plot_away(opened: Any) -> None:
+    offered = opened.evaluate("[...document.querySelectorAll('.modebar-btn')].map((c) => c.ariaLabel)")
+    assert set(offered) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
+
+
+def _download(page: Any, button: str) -> list[str]:
+    with page.expect_download() as waiting:
+        page.locator(button).click()
+    return Path(waiting.value.path()).read_text(encoding="utf-8").splitlines()
+
+
+def test_downloads(opened: Any) -> None:
+    lines = _download(opened, "#line-csv")
+    assert lines[0] == "series,run,step,tokens,metric,site,layer,head,value,state,posterior"
+    assert lines[1] == "toy,seed1,0,0,rankme_cov,resid_post,3,,43.125,0,0.9"
+    assert lines[5] == "toy,seed1,8,16384,rankme_cov,resid_post,3,,,0,0.9"
+    assert len(lines) == 61
+    assert len(_download(opened, "#heat-csv")) == 1 + 4 * 20
+    edges = _download(opened, "button[data-table=table-transitions]")
+    assert edges[1] == "0,1,3,seed1; seed2; seed3,seed1 32; seed2 64; seed3 32,0.1"
+    findings = _download(opened, "button[data-table=table-findings]")
+    assert findings[1] == "error,seed3,64,odd,<script>alert(1)</script> & more"
+
+
+def test_narrow_windows_do_not_scroll_sideways(opened: Any) -> None:
+    opened.set_viewport_size({"width": 400, "height": 800})
+    opened.wait_for_timeout(300)  # Plotly redraws on resize
+    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_printing_is_light(opened: Any, tmp_path: Path) -> None:
+    opened.get_by_role("button", name="Dark theme").click()
+    opened.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert opened.evaluate("document.getElementById('line-plot').layout.width") == 680
+    assert opened.evaluate("document.documentElement.dataset.theme") == "light"
+    opened.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert opened.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_a_page_without_measurements_opens(browser: Any, report_store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "bare.html"
+    path.write_text(render_report(report_store, "bare"), encoding="utf-8")
+    page = browser.new_page()
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(path.as_uri())
+    page.get_by_role("button", name="Dark theme").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.close()
+    assert troubles == []

@@ -1,0 +1,150 @@
+"""Measuring end to end: tables, a second call, damage, and a kill at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from flow_support import TINY, Cli
+from pandas.testing import assert_frame_equal
+
+from storage import open_root
+
+# Runs the command line and appends a line to a file at every forward pass of a whole model.
+COUNTING = """
+import sys, torch
+from transformers import GPTNeoXForCausalLM
+from flows.cli import main
+def count(module, inputs, output):
+    if isinstance(module, GPTNeoXForCausalLM):
+        with open({log!r}, "a") as stream:
+            stream.write("pass\\n")
+torch.nn.modules.module.register_module_forward_hook(count)
+sys.argv = ["ontogeny", *{arguments!r}]
+main()
+"""
+BATCHES_PER_PASS = 3  # 24 sequences in batches of 8
+CHECKPOINTS = 12
+
+
+def rows(root: Path, table: str) -> pd.DataFrame:
+    """All rows of a table but for the time of writing, in an order of their own."""
+    frame = open_root(root).table(table, history=True).to_pandas().drop(columns="recorded_at")
+    by = [c for c in ("run", "step", "analyzer", "metric", "site", "layer", "half", "centered") if c in frame]
+    return frame.sort_values(by, na_position="first").reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_series: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = cli("measure", f"dir:{tiny_series}", "--root", str(root), *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "Measured 12 checkpoints (48 results, 12 forward passes)" in done.stdout
+    return root
+
+
+def test_every_checkpoint_has_every_metric(undisturbed: Path) -> None:
+    metrics = open_root(undisturbed).table("metrics").to_pandas()
+    loss = metrics[metrics["metric"] == "loss"].pivot(index="step", columns="run", values="value")
+    assert list(loss.index) == [0, 1, 2, 4, 6, 8]
+    assert list(loss.columns) == ["seed0", "seed1"]
+    # Untrained: uniform over 300 tokens but for the small random logits.
+    assert abs(loss.loc[0] - 5.70).max() < 0.1
+    assert (loss.loc[8] < loss.loc[0]).all()
+    assert metrics.groupby(["run", "step"]).size().nunique() == 1
+    assert set(metrics["n"][metrics["metric"] == "loss"]) == {24 * 31}
+
+
+def test_second_call_measures_nothing(undisturbed: Path, tiny_series: Path, cli: Cli) -> None:
+    before = rows(undisturbed, "metrics")
+    again = cli("measure", f"dir:{tiny_series}", "--root", str(undisturbed), *TINY)
+    assert again.returncode == 0, again.stderr
+    assert "All 12 checkpoints were already there; nothing was measured anew." in again.stdout
+    assert_frame_equal(rows(undisturbed, "metrics"), before)
+    counts = json.loads(open_root(undisturbed).table("provenance").to_pylist()[-1]["counts"])
+    assert counts["forward_passes"] == 0
+
+
+def test_a_new_analyzer_measures_only_itself(tiny_series: Path, cli: Cli, tmp_path: Path) -> None:
+    cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), "--analyzer", "loss", "--steps", "0", *TINY)
+    more = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), "--steps", "0", *TINY)
+    assert "Measured 2 checkpoints (6 results, 2 forward passes)" in more.stdout
+
+
+def test_dry_run_says_what_is_missing(undisturbed: Path, tiny_series: Path, cli: Cli) -> None:
+    parameters = ("--set", "measure.parameters.spectra.tokens=last")
+    done = cli("measure", f"dir:{tiny_series}", "--root", str(undisturbed), "--dry-run", *TINY, *parameters)
+    assert "12 of 12 checkpoints to measure" in done.stdout
+    assert "spectra" in done.stdout
+    assert "weights" not in done.stdout.replace("of weights to read", "")
+
+
+@pytest.mark.parametrize("passes", [1, 7])
+def test_kill_then_again_equals_undisturbed(
+    passes: int, undisturbed: Path, tiny_series: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    log = tmp_path / "passes"
+    root = tmp_path / "root"
+    arguments = ["measure", f"dir:{tiny_series}", "--root", str(root), *TINY]
+    script = COUNTING.format(log=str(log), arguments=arguments)
+    first = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < passes * BATCHES_PER_PASS:
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    complete = len(list(root.glob("tables/metrics/**/loss-*.parquet")))
+    before = len(log.read_text().splitlines())
+    again = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    for table in ("metrics", "spectra"):
+        assert_frame_equal(rows(root, table), rows(undisturbed, table))
+    after = len(log.read_text().splitlines()) - before
+    # Whatever was stored is not run again; at most the checkpoint that was cut off is.
+    assert after <= (CHECKPOINTS - complete) * BATCHES_PER_PASS
+    assert complete >= passes - 1
+
+
+def test_one_damaged_checkpoint_is_named_and_the_others_go_on(
+    series: Path, cli: Cli, tmp_path: Path, undisturbed: Path
+) -> None:
+    weights = series / "seed1" / "step4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    root = tmp_path / "root"
+    done = cli("measure", f"dir:{series}", "--root", str(root), *TINY)
+    assert done.returncode == 1
+    assert "Measured 11 checkpoints" in done.stdout
+    assert "failed: seed1/step4" in done.stdout
+    (failure,) = open_root(root).table("failures").to_pylist()
+    assert (failure["run"], failure["step"], failure["attempt"]) == ("seed1", 4, 1)
+    assert "truncated: 5000 of" in failure["error"]
+    (finding,) = open_root(root).table("findings").to_pylist()
+    assert (finding["kind"], finding["severity"]) == ("damaged", "error")
+    expected = rows(undisturbed, "metrics")
+    expected = expected[(expected["run"] != "seed1") | (expected["step"] != 4)].reset_index(drop=True)
+    assert_frame_equal(rows(root, "metrics"), expected)
+
+
+def test_weights_that_do_not_fill_the_model_are_a_failure(series: Path, cli: Cli, tmp_path: Path) -> None:
+    for run in ("seed0", "seed1"):
+        config = series / run / "step8" / "config.json"
+        config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    done = cli("measure", f"dir:{series}", "--root", str(tmp_path / "root"), "--steps", "6,8", *TINY)
+    assert done.returncode == 1
+    failures = open_root(tmp_path / "root").table("failures").to_pandas()
+    assert list(failures["step"]) == [8, 8]
+    assert failures["error"].str.contains("parameters are not in the weights").all()
