@@ -33,6 +33,7 @@ def split_interleaved_qkv(
 class Family:
     """One architecture.
 
+    ``attn_out`` and ``mlp_out`` are the modules of a block whose outputs are added to the residual stream.
     ``matrices`` maps a parameter's name inside its block, without ``.weight``, to a site.
     ``fused`` names the parameter that holds Q, K and V together and the function that parts it.
     """
@@ -84,14 +85,16 @@ _LLAMA_MATRICES = {
 }
 
 
-def _llama_like(model_type: str) -> Family:
+def _llama_like(
+    model_type: str, attn_out: str = "self_attn.o_proj", mlp_out: str = "mlp.down_proj"
+) -> Family:
     return Family(
         model_type=model_type,
         trunk="model",
         blocks="layers",
         final_norm="norm",
-        attn_out="self_attn.o_proj",
-        mlp_out="mlp.down_proj",
+        attn_out=attn_out,
+        mlp_out=mlp_out,
         matrices=_LLAMA_MATRICES,
     )
 
@@ -115,7 +118,8 @@ FAMILIES: dict[str, Family] = {
         ),
         _llama_like("llama"),
         _llama_like("olmo"),
-        _llama_like("olmo2"),
+        # OLMo 2 normalises a branch before it is added.
+        _llama_like("olmo2", "post_attention_layernorm", "post_feedforward_layernorm"),
     )
 }
 
@@ -137,11 +141,11 @@ def family_of(model_type: str) -> Family:
 class Adapter:
     """A model together with its family: sites by name."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any) -> None:
+        self.model = model
         config = self.model.config
         self.family = family_of(config.model_type)
-        self.trunk = model.get_submodule(self.family.trunk)
+        self.trunk: nn.Module = model.get_submodule(self.family.trunk)
         self.layers = int(config.num_hidden_layers)
         self.width = int(config.hidden_size)
 
@@ -152,12 +156,11 @@ class Adapter:
             KeyError: there is no such site.
         """
         if layer is None:
-            outside: dict[str, Callable[[], nn.Module]] = {
-                "embedding": self.model.get_input_embeddings,
-                "logits": self.model.get_output_embeddings,
-                "final_norm": lambda: self.trunk.get_submodule(self.family.final_norm),
-            }
-            return outside[site]()
+            if site == "final_norm":
+                return self.trunk.get_submodule(self.family.final_norm)
+            ends = {"embedding": self.model.get_input_embeddings, "logits": self.model.get_output_embeddings}
+            end: nn.Module = ends[site]()
+            return end
         inside = {"resid_post": "", "attn_out": self.family.attn_out, "mlp_out": self.family.mlp_out}
         block = self.trunk.get_submodule(f"{self.family.blocks}.{layer}")
         return block.get_submodule(inside[site])

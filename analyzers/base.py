@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+@runtime_checkable
 class ModelShape(Protocol):
     """What an analyzer may know of a model before the pass."""
 
@@ -70,6 +71,7 @@ class ModelShape(Protocol):
     width: int
 
 
+@runtime_checkable
 class WeightMatrices(Protocol):
     """The weights of one checkpoint, read one tensor at a time."""
 

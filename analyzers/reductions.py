@@ -5,7 +5,7 @@ activations batch by batch and merges with the state of other sequences, so that
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,6 +22,7 @@ class Batch:
     index: Int64[Tensor, "batch"]
 
 
+@runtime_checkable
 class State(Protocol):
     """What a reduction has gathered so far."""
 
@@ -34,6 +35,7 @@ class State(Protocol):
         ...
 
 
+@runtime_checkable
 class Spec(Protocol):
     """A reduction at a site; hashable, equal when it is the same statistic."""
 
@@ -219,7 +221,8 @@ class LossState:
         """Take the logits of a batch in; one sequence at a time, so that no second copy of all arises."""
         targets = batch.tokens.to(values.device)
         for logits, tokens in zip(values, targets, strict=True):
-            losses = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none")
+            wide = logits[:-1].to(torch.promote_types(logits.dtype, torch.float32))
+            losses = torch.nn.functional.cross_entropy(wide, tokens[1:], reduction="none")
             self.total += float(losses.double().sum())
             self.n += losses.numel()
 

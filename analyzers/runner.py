@@ -34,7 +34,7 @@ def _hooked(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]
         handle.remove()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: states are merged and finished in place after the pass
 def run_pass(adapter: Adapter, stream: Iterable[Batch], specs: Iterable[Spec]) -> dict[Spec, State]:
     """Run the model over all batches once; return the finished state of every spec.
 

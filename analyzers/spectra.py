@@ -10,11 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from analyzers.base import ActivationAnalyzer, Metric, ModelShape, Parameters, Result, Row, Spectrum
+from analyzers.eigen import symmetric_eigenvalues
 from analyzers.reductions import GramSpec, GramState, Spec, State, TokenChoice
 from analyzers.registry import register
 
 # RankMe's own guard against log 0 (Garrido et al. 2023, eq. 2).
 _RANKME_EPSILON = 1e-7
+_EPSILON = float(np.finfo(np.float64).eps)
 
 
 def rankme(singular_values: Float[np.ndarray, "rank"]) -> float:
@@ -76,11 +78,14 @@ def eigenvalues(
     """Eigenvalues, descending, of a scatter matrix divided by its number of rows; float64, on the CPU.
 
     As many as the sample can support: ``min(d, rows - 1)`` for a centred matrix, ``min(d, rows)`` for a raw
-    one; what lies beyond is rounding. Negative ones are rounding too and become 0.
+    one; what lies beyond is rounding. What is at most ``d * 2.2e-16`` of the largest (the usual tolerance of
+    a matrix's rank) is rounding too and becomes 0: tokens repeat, so rows can be many and of low rank.
     """
-    values: np.ndarray = torch.linalg.eigvalsh(matrix.double().cpu()).numpy()[::-1] / rows
+    values: np.ndarray = symmetric_eigenvalues(matrix).numpy()[::-1] / rows
     rank = min(len(values), rows - 1 if centered else rows)
-    return np.clip(values[:rank], 0, None)
+    floor = len(values) * _EPSILON * values.max(initial=0.0)
+    cleared: np.ndarray = np.where(values[:rank] > floor, values[:rank], 0.0)
+    return cleared
 
 
 class SpectraParameters(Parameters):
@@ -168,7 +173,8 @@ class SpectraAnalyzer(ActivationAnalyzer):
         for name, half in zip(("first", "second"), state.halves, strict=True):
             if half.n > 1:
                 spectrum(name, half.finish()[1], half.n, centered=True)
-        if centred.sum() <= 0:
+        # Equal rows leave no more than the rounding of their mean.
+        if centred.sum() <= (16 * _EPSILON) ** 2 * raw.sum():
             for metric in self.metrics:
                 row(metric.name, None, "all rows are equal")
             return

@@ -7,12 +7,14 @@ says (its code applies it).
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from math import isfinite
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from analyzers.base import Metric, Result, Row, WeightAnalyzer, WeightMatrices
+from analyzers.eigen import symmetric_eigenvalues
 from analyzers.registry import register
 
 _HU = "Hu et al. 2023, arXiv 2308.09543"
@@ -25,8 +27,7 @@ def singular_values(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "ran
     """
     matrix = matrix.double()
     small = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    squares: Tensor = torch.linalg.eigvalsh(small)
-    return squares.clamp_min(0).sqrt().flip(0)
+    return symmetric_eigenvalues(small).clamp_min(0).sqrt().flip(0)
 
 
 def matrix_metrics(matrix: Float[Tensor, "rows columns"]) -> dict[str, float]:
@@ -34,10 +35,11 @@ def matrix_metrics(matrix: Float[Tensor, "rows columns"]) -> dict[str, float]:
 
     ``l1`` sum of |w|; ``l2`` Frobenius norm; their ratio; ``trace`` of the main diagonal; ``spectral_norm``
     largest singular value; trace / spectral norm; mean and population variance of the singular values. A
-    ratio whose denominator is 0 is NaN.
+    ratio whose denominator is 0 is NaN; so is all that is made of singular values if a weight is not finite.
     """
     matrix = matrix.double()
-    sigma = singular_values(matrix)
+    finite = bool(torch.isfinite(matrix).all())
+    sigma = singular_values(matrix) if finite else matrix.new_full((1,), float("nan"))
     l1, l2 = float(matrix.abs().sum()), float(torch.linalg.vector_norm(matrix))
     trace, spectral = float(matrix.diagonal().sum()), float(sigma[0])
     return {
@@ -90,8 +92,9 @@ def _from_sortable(code: int) -> float:
 def lower_median(tensors: Callable[[], Iterable[Tensor]]) -> float:
     """Lower median of all values of many tensors: the value of rank ``floor((n - 1) / 2)`` from 0.
 
-    Exact for values stored in at most float32, in two passes that hold one tensor at a time: a histogram of
-    the upper 16 bits of an order-preserving code, then of the lower 16 bits within the median's bin.
+    Exact for finite values stored in at most float32, in two passes that hold one tensor at a time: a
+    histogram of the upper 16 bits of an order-preserving code, then of the lower 16 bits within the median's
+    bin.
     """
     upper = torch.zeros(65536, dtype=torch.int64)
     for tensor in tensors():
@@ -142,6 +145,8 @@ class WeightsAnalyzer(WeightAnalyzer):
             for name, value in matrix_metrics(matrix).items():
                 columns[name].append(value)
                 result.rows.append(Row(name, value, matrix.numel(), site, layer))
+        if not columns:
+            raise ValueError("the weights hold no matrix that the model's family names")
         for name, values in columns.items():
             result.rows.append(Row(name, sum(values) / len(values), pooled.n))
 
@@ -160,5 +165,6 @@ class WeightsAnalyzer(WeightAnalyzer):
     def _pooled(
         kind: str, moments: PooledMoments, tensors: Callable[[], Iterable[Tensor]], result: Result
     ) -> None:
-        values = {"mean": moments.mean, "median": lower_median(tensors), "var": moments.variance}
+        median = lower_median(tensors) if isfinite(moments.mean) else float("nan")
+        values = {"mean": moments.mean, "median": median, "var": moments.variance}
         result.rows += [Row(f"{kind}_{name}", value, moments.n) for name, value in values.items()]

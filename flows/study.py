@@ -26,8 +26,8 @@ def study_series(config: SeriesConfig, root: str = default_root()) -> StudySumma
     states = fit_states_of(config, root)
     new = bool(measured.keys_computed or measured.failed or states.computed)
     store = Store(root)
-    report = f"{store.path}/reports/{config.name}.html"
-    if new or not store.fs.exists(report):
-        report = report_series(config.name, root)
+    report = f"{root}/reports/{config.name}.html"
+    if new or not store.fs.exists(f"{store.path}/reports/{config.name}.html"):
+        report_series(config.name, root)
         new = True
     return StudySummary(measure=measured, states=states, report=report, anything_new=new)

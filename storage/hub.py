@@ -61,11 +61,10 @@ def list_hub(series: str, source: HubSource) -> tuple[list[Checkpoint], list[str
             if parsed is None:
                 unparsed.append(f"{run}/{branch.name}")
                 continue
-            ingredient = f"-stage{parsed.stage}-ingredient{parsed.ingredient}" if parsed.ingredient else ""
             here.append(
                 Checkpoint(
                     series=series,
-                    run=run + ingredient,
+                    run=parsed.run_of(run),
                     step=parsed.step,
                     stage=parsed.stage,
                     tokens=parsed.tokens,

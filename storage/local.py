@@ -46,7 +46,7 @@ def list_folder(series: str, source: DirSource, root: str) -> tuple[list[Checkpo
             here.append(
                 Checkpoint(
                     series=series,
-                    run=check_name("run", run),
+                    run=check_name("run", parsed.run_of(run)),
                     step=parsed.step,
                     stage=parsed.stage,
                     tokens=parsed.tokens,
@@ -55,7 +55,7 @@ def list_folder(series: str, source: DirSource, root: str) -> tuple[list[Checkpo
                 )
             )
         if here:
-            found += sorted(here, key=lambda c: (c.stage or 0, c.step))
+            found += sorted(here, key=lambda c: (c.run, c.stage or 0, c.step))
             unparsed += [f"{run}/{name}" for name in names]
     if not found:
         raise UsageError(f"folder {str(base)!r} holds no checkpoint (subfolders such as step1000)")

@@ -127,6 +127,13 @@ class ParsedName:
     ingredient: int | None
     tokens: int | None
 
+    def run_of(self, run: str) -> str:
+        """The run it belongs to: ingredients are runs of their own, because their steps count anew."""
+        if self.ingredient is None:
+            return run
+        stage = "" if self.stage is None else f"-stage{self.stage}"
+        return f"{run}{stage}-ingredient{self.ingredient}"
+
 
 def parse_name(name: str, source: _Source) -> ParsedName | None:
     """Read a branch or folder name by the source's pattern; None if it is no checkpoint's name.

@@ -3,7 +3,7 @@
 Runtime shape checks are on: what jaxtyping says in a signature of ``analyzers`` is enforced by beartype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
@@ -20,6 +21,19 @@ VOCABULARY = 257
 
 MakeModel = Callable[..., GPTNeoXForCausalLM]
 SaveCheckpoint = Callable[[Path, Any, Any], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread for numerical libraries, here and in the tests' own processes.
+
+    The tensors are tiny, and on a busy machine threads that wait for one another took ten times as long.
+    """
+    torch.set_num_threads(1)
+    with threadpool_limits(1), pytest.MonkeyPatch.context() as patch:
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.setenv(name, "1")
+        yield
 
 
 def shake(model: Any) -> Any:

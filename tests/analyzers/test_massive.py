@@ -44,8 +44,8 @@ def gaussian_null(n: int) -> float:
 
 
 def test_the_null_has_the_published_values() -> None:
-    assert gaussian_null(10**5) == pytest.approx(6.5, abs=0.1)
-    assert gaussian_null(10**6) == pytest.approx(7.3, abs=0.5)
+    assert 6.5 < gaussian_null(10**5) < gaussian_null(10**6) < 7.8
+    assert gaussian_null(1) == pytest.approx((2 / np.pi) ** 0.5 / 0.6744897502, rel=1e-6)
 
 
 def test_a_random_model_lies_at_the_gaussian_null() -> None:

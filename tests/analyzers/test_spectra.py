@@ -42,9 +42,9 @@ def test_flat_spectrum_counts_its_directions() -> None:
 def test_inverse_spectrum_of_width_2048_has_the_published_ranks() -> None:
     spectrum = 1 / np.arange(1, 2049)
     assert rankme_cov(spectrum) == pytest.approx(281, abs=0.5)
-    assert rankme_cov(np.sqrt(spectrum)) == pytest.approx(1588, abs=0.5)
+    assert rankme_cov(np.sqrt(spectrum)) == pytest.approx(1588, abs=1)
     # RankMe's 1e-7 adds about -(1 + ln p) 1e-7 of entropy in each of 2048 directions: 0.1 %.
-    assert rankme(np.sqrt(spectrum)) == pytest.approx(1588 * 1.001, abs=1)
+    assert rankme(np.sqrt(spectrum)) == pytest.approx(1588 * 1.001, abs=2)
 
 
 def test_two_directions_have_the_entropy_of_a_coin() -> None:
@@ -147,7 +147,7 @@ class Shape:
 
 
 def measure_rows(activations: Tensor, parameters: Mapping[str, Any] | None = None) -> Result:
-    """The analyzer on activations ``[sequences, time, width]``, the same at both of a blockless model's sites."""
+    """The analyzer on activations ``[sequences, time, width]``, at both of a blockless model's sites."""
     analyzer = SpectraAnalyzer(parameters)
     shape = Shape(0, activations.shape[-1])
     count = activations.shape[0]
@@ -211,7 +211,8 @@ def test_halves_are_the_sequences_of_even_and_of_odd_index() -> None:
         rows = values[chosen].reshape(-1, 16)
         mean, scatter = half.finish()
         torch.testing.assert_close(mean, rows.mean(0), rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(scatter / len(rows), torch.cov(rows.T, correction=0), rtol=1e-10, atol=1e-12)
+        expected = torch.cov(rows.T, correction=0) * len(rows)
+        torch.testing.assert_close(scatter, expected, rtol=1e-10, atol=1e-10)
     found = {s.half: s for s in measure_rows(values).spectra if s.site == "embedding" and s.centered}
     assert {name: s.n for name, s in found.items()} == {"all": 200, "first": 120, "second": 80}
     odd = values[[1, 3]].reshape(-1, 16)
@@ -335,7 +336,7 @@ def adapter(tiny_neox: Callable[..., Any]) -> Adapter:
 
 @pytest.fixture(scope="module")
 def many_tokens() -> Tensor:
-    """100 sequences of 24 tokens: each half holds more rows than one block of the moments, and no multiple."""
+    """100 sequences of 24 tokens: a half holds more rows than one block of the moments, and no multiple."""
     return torch.randint(0, 257, (100, 24), generator=torch.Generator().manual_seed(9))
 
 
