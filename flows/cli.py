@@ -221,12 +221,16 @@ def states(series: SeriesArgument, root: RootOption = DEFAULT_ROOT, settings: Se
 
 @app.command()
 def report(series: SeriesArgument, root: RootOption = DEFAULT_ROOT) -> None:
-    """Write the report of a series: one page that needs no network."""
+    """Write the report of a series: one page that needs no network.
+
+    SERIES may also be the name of any series in the store.
+    """
     from flows.render import report_series
 
-    config = _configured(series, None, None, None)
+    stored = series in Store(root).series()
+    name = series if stored else _configured(series, None, None, None).name
     _quiet()
-    out.print(f"report: {report_series(config.name, root)}")
+    out.print(f"report: {report_series(name, root)}")
 
 
 @app.command("list")

@@ -14,7 +14,7 @@ from analyzers.registry import UnknownAnalyzerError, find
 from storage.errors import UsageError
 from storage.keys import check_name
 from storage.probe import ProbeConfig
-from storage.series import DirSource, HubSource, Source, StepSelection
+from storage.series import Source, StepSelection
 from storage.store import DEFAULT_ROOT
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -226,19 +226,3 @@ def shipped() -> list[str]:
 def default_root() -> str:
     """ROOT where none is given: the environment's ONTOGENY_ROOT, else a folder beside the caller."""
     return os.environ.get("ONTOGENY_ROOT", DEFAULT_ROOT)
-
-
-__all__ = [
-    "DirSource",
-    "HubSource",
-    "MeasureConfig",
-    "SeriesConfig",
-    "StatesConfig",
-    "default_root",
-    "explain",
-    "from_toml",
-    "parse_override",
-    "resolve",
-    "shipped",
-    "validated",
-]

@@ -10,7 +10,7 @@ from flows.progress import bars
 from storage.series import Checkpoint
 from storage.store import Store
 from tasks.catalogue import Catalogue, catalogue
-from tasks.measure import MeasureJob, measure_checkpoint, plan, record_failure
+from tasks.measure import MeasureJob, Plan, measure_checkpoint, plan, record_failure, show_newest
 from tasks.models import choose_device
 from tasks.provenance import invocation
 
@@ -66,19 +66,17 @@ def plan_series(config: SeriesConfig, root: str) -> list[PlannedCheckpoint]:
     """What ``measure`` would do now: per checkpoint its size and the analyzers whose results are missing."""
     found = list_catalogue(config, root)
     return [
-        PlannedCheckpoint(label=c.label, step=c.step, bytes=c.bytes, missing=missing)
-        for c, missing in _plans(config, root, found.sound)
+        PlannedCheckpoint(
+            label=c.label, step=c.step, bytes=c.bytes, missing=[i.analyzer.name for i in p.missing]
+        )
+        for c, p in _plans(config, root, found.sound)
     ]
 
 
-def _plans(
-    config: SeriesConfig, root: str, checkpoints: list[Checkpoint]
-) -> list[tuple[Checkpoint, list[str]]]:
+def _plans(config: SeriesConfig, root: str, checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, Plan]]:
     job, store = job_of(config, root), Store(root)
     done = {run: store.names("metrics", config.name, run) for run in {c.run for c in checkpoints}}
-    return [
-        (c, [item.analyzer.name for item in plan(job, store, c, done[c.run]).missing]) for c in checkpoints
-    ]
+    return [(c, plan(job, store, c, done[c.run])) for c in checkpoints]
 
 
 @flow(name="measure", flow_run_name="measure {config.name}")
@@ -101,9 +99,11 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
             if reason is not None:
                 record_failure(store, checkpoint, None, f"excluded by the audit: {reason}")
                 summary.failed.append(checkpoint.label)
-        todo = [c for c, missing in _plans(config, root, found.sound) if missing]
+        plans = _plans(config, root, found.sound)
+        todo = [c for c, p in plans if p.missing]
         summary.already_there = len(found.sound) - len(todo)
         _measure_all(job_of(config, root), todo, summary)
+        show_newest(store, plans)
         counts.update(
             checkpoints=summary.checkpoints,
             checkpoints_measured=summary.measured,

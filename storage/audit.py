@@ -36,8 +36,15 @@ class Finding:
         return {"step": self.step, "kind": self.kind, "severity": self.severity, "detail": self.detail}
 
 
-def audit(checkpoints: Sequence[Checkpoint], unparsed: Sequence[str] = ()) -> list[Finding]:
+def audit(
+    checkpoints: Sequence[Checkpoint],
+    unparsed: Sequence[str] = (),
+    listed: Sequence[Checkpoint] | None = None,
+) -> list[Finding]:
     """Findings about a catalogue, in order of run and step.
+
+    ``listed`` are all checkpoints that the source has, where ``checkpoints`` are a choice among them: a step
+    that was not chosen is no gap.
 
     Same weights under steps 0 and 1 are a note: where the first update has learning rate 0 (Pythia) they
     are rightly equal.
@@ -46,9 +53,12 @@ def audit(checkpoints: Sequence[Checkpoint], unparsed: Sequence[str] = ()) -> li
     runs: dict[str, list[Checkpoint]] = defaultdict(list)
     for checkpoint in checkpoints:
         runs[checkpoint.run].append(checkpoint)
+    steps: dict[str, set[int]] = defaultdict(set)
+    for checkpoint in checkpoints if listed is None else listed:
+        steps[checkpoint.run].add(checkpoint.step)
     for run, members in runs.items():
         found += _duplicates(run, members)
-        found += _gaps(run, sorted({c.step for c in members}))
+        found += _gaps(run, sorted(steps[run]))
         found += _dtypes(run, members)
     for label in unparsed:
         run, _, name = label.partition("/")

@@ -128,8 +128,7 @@ class Mirror(ThreadingHTTPServer):
 
     def branches(self, repo: str) -> dict[str, Branch]:
         """Branches of a repository by name, as its folder is now."""
-        base = self.repos[repo]
-        return {folder.name: _branch(folder, base) for folder in _folders(base)}
+        return {folder.name: _branch(folder, self.repos[repo]) for folder in _folders(self.repos[repo])}
 
     def find(self, repo: str, revision: str) -> Branch | None:
         """The branch of that name, or one whose commit ``revision`` is; None if there is neither."""
@@ -141,6 +140,7 @@ class MirrorRequest(BaseHTTPRequestHandler):
     """One request, and the means to answer it."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: the second would wait 40 ms
     server: Mirror
 
     def do_GET(self) -> None:

@@ -179,6 +179,17 @@ class Store:
         self._put(path, sink.getvalue().to_pybytes())
         return path
 
+    def renew(self, table: str, series: str, run: str | None, name: str) -> None:
+        """Write a file again with the present time as ``recorded_at``: its rows become the newest."""
+        path = f"{self._folder(table, series, run)}/{check_name('file', name)}.parquet"
+        with self.fs.open(path, "rb") as stream:
+            rows = pq.ParquetFile(stream).read()
+        column = rows.schema.get_field_index("recorded_at")
+        stamp = pa.array([now()] * len(rows), rows.schema.field(column).type)
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows.set_column(column, rows.schema.field(column), stamp), sink, compression="zstd")
+        self._put(path, sink.getvalue().to_pybytes())
+
     def _put(self, path: str, data: bytes) -> None:
         if "file" not in _protocols(self.fs):
             self.fs.pipe_file(path, data)  # one PUT: object stores show all of it or nothing

@@ -66,7 +66,7 @@ def catalogue(
         if described != before:
             record(store, described)
     progress(len(chosen), len(chosen))
-    result.findings += audit(result.checkpoints, listing.unparsed)
+    result.findings += audit(result.checkpoints, listing.unparsed, listing.checkpoints)
     for run in sorted({c.run for c in result.checkpoints}):
         rows = [f.row() for f in result.findings if f.run == run]
         store.write("findings", rows, series=series, run=run, name="audit")

@@ -84,8 +84,9 @@ def protocol_of(analyzer: Analyzer, probe: Probe | None, dtype: str) -> dict[str
 
 @dataclass(frozen=True)
 class Plan:
-    """What is missing of a checkpoint, in the job's order, and the probe that its protocols name."""
+    """All results that a checkpoint should have, those that the store lacks, and the probe they name."""
 
+    wanted: list[Pending]
     missing: list[Pending]
     probe: Probe | None
 
@@ -105,13 +106,29 @@ def plan(job: MeasureJob, store: Store, checkpoint: Checkpoint, done: set[str] |
         done = store.names("metrics", checkpoint.series, checkpoint.run)
     if checkpoint.weights_sha256 is None:
         raise ValueError(f"{checkpoint.label} is not described: it has no weights digest")
-    missing = []
+    wanted = []
     for analyzer in built:
         protocol = protocol_of(analyzer, probe, job.dtype)
-        item = Pending(analyzer, protocol, result_key(checkpoint.weights_sha256, protocol))
-        if item.file not in done:
-            missing.append(item)
-    return Plan(missing, probe)
+        wanted.append(Pending(analyzer, protocol, result_key(checkpoint.weights_sha256, protocol)))
+    return Plan(wanted, [item for item in wanted if item.file not in done], probe)
+
+
+def show_newest(store: Store, plans: list[tuple[Checkpoint, Plan]]) -> None:
+    """Make the protocols of ``plans`` the newest of their runs, where none of their results was missing.
+
+    Readers show the protocol written last. Going back to an earlier one computes nothing, so without this
+    they would go on showing the other.
+    """
+    computed = {(c.run, item.analyzer.name) for c, plan in plans for item in plan.missing}
+    last = {c.run: (c, plan) for c, plan in plans}
+    for run, (checkpoint, plan) in last.items():
+        shown = set(store.table("metrics", checkpoint.series, run).arrow["protocol"].to_pylist())
+        for item in plan.wanted:
+            if (run, item.analyzer.name) in computed or canonical_json(item.protocol) in shown:
+                continue
+            for table in ("spectra", "metrics"):
+                if item.file in store.names(table, checkpoint.series, run):
+                    store.renew(table, checkpoint.series, run, item.file)
 
 
 def _metric_rows(result: Result) -> list[dict[str, Any]]:

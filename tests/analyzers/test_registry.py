@@ -56,7 +56,9 @@ def test_a_name_is_registered_once() -> None:
     class Other(LossAnalyzer):
         """Another class of the same name."""
 
-    with pytest.raises(ValueError, match="'loss' is registered twice, by analyzers.loss and .*test_registry"):
+    with pytest.raises(
+        ValueError, match=r"'loss' is registered twice, by analyzers\.loss and .*test_registry"
+    ):
         register(Other)
     assert find("loss") is LossAnalyzer
     assert register(LossAnalyzer) is LossAnalyzer

@@ -132,7 +132,7 @@ def test_all_fourteen_of_several_matrices() -> None:
 
 def test_weights_that_are_not_finite_stay_local() -> None:
     broken = random(8, 8)
-    broken[2, 3] = torch.nan
+    broken[2, 2] = torch.nan
     fine = random(8, 8, seed=1)
     found = by_place(WeightsAnalyzer().measure_weights(Given([("a", 0, broken), ("a", 1, fine)])))
     for name, expected in brute_force(fine.numpy()).items():
@@ -177,12 +177,12 @@ def test_lower_median_of_halves_is_exact(values: list[float]) -> None:
         ([4.0, 1.0, 3.0, 2.0], 2.0),
         ([-1.0, -2.0, -3.0], -2.0),
         ([0.0, 0.0, 0.0, 5.0], 0.0),
-        ([-3.0, -1e-45, 1e-45, 3.0], -1e-45),
+        ([-3.0, -(2.0**-149), 2.0**-149, 3.0], -(2.0**-149)),
         ([7.0], 7.0),
     ],
 )
 def test_lower_median_of_known_values(values: list[float], expected: float) -> None:
-    assert lower_median(lambda: [torch.tensor(values)]) == pytest.approx(expected, abs=1e-46)
+    assert lower_median(lambda: [torch.tensor(values)]) == expected
 
 
 def test_lower_median_of_many_values_in_one_bin() -> None:

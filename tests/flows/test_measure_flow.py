@@ -148,3 +148,23 @@ def test_weights_that_do_not_fill_the_model_are_a_failure(series: Path, cli: Cli
     failures = open_root(tmp_path / "root").table("failures").to_pandas()
     assert list(failures["step"]) == [8, 8]
     assert failures["error"].str.contains("parameters are not in the weights").all()
+
+
+def test_going_back_to_an_earlier_protocol_shows_it(tiny_series: Path, cli: Cli, tmp_path: Path) -> None:
+    def shown(tokens: str) -> set[int]:
+        arguments = ("--steps", "0,8", "--analyzer", "spectra", *TINY)
+        choice = f"measure.parameters.spectra.tokens={tokens}"
+        done = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *arguments, "--set", choice)
+        assert done.returncode == 0, done.stderr
+        return {int(n) for n in open_root(tmp_path).table("metrics").to_pandas()["n"]}
+
+    assert shown("all") == {24 * 32}
+    assert shown("last") == {24}
+    # Nothing is computed now, and half of the steps cannot stand for the whole: all of them are shown.
+    assert shown("all") == {24 * 32}
+    assert len(open_root(tmp_path).table("metrics").wide(["rankme"])) == 4
+
+
+def test_unchosen_steps_are_no_gaps(tiny_series: Path, cli: Cli, tmp_path: Path) -> None:
+    cli("audit", f"dir:{tiny_series}", "--root", str(tmp_path), "--steps", "0,2,8")
+    assert len(open_root(tmp_path).table("findings")) == 0

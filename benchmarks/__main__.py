@@ -1,0 +1,43 @@
+"""Command line: ``python -m benchmarks NAME|all|--list [--write]``; prints one JSON object per line."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from benchmarks import one_pass
+from benchmarks.page import render
+from benchmarks.timing import Line
+
+BENCHMARKS: Mapping[str, Callable[[], Iterator[Line]]] = {"one_pass": one_pass.run}
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is asked for; return the exit code (2: bad usage, told in one sentence)."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", nargs="?", help="a benchmark, or 'all'")
+    parser.add_argument("--list", action="store_true", help="print the names of the benchmarks")
+    parser.add_argument("--write", action="store_true", help="write docs/performance.md from this run")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(BENCHMARKS))
+        return 0
+    if options.name != "all" and options.name not in BENCHMARKS:
+        asked = "no benchmark is named" if options.name is None else f"there is no benchmark {options.name!r}"
+        print(f"{asked}; known: all, {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    names = list(BENCHMARKS) if options.name == "all" else [options.name]
+    lines = []
+    for name in names:
+        for line in BENCHMARKS[name]():
+            print(json.dumps(line.record()), flush=True)
+            lines.append(line)
+    if options.write:
+        PAGE.write_text(render(lines), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
