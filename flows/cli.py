@@ -123,7 +123,7 @@ def study(
 def specimen(
     out_folder: Annotated[Path, typer.Option("--out", help="folder that receives the runs")],
     seeds: Annotated[int, typer.Option(help="number of runs")] = 4,
-    steps: Annotated[int, typer.Option(help="optimizer updates per run")] = 512,
+    steps: Annotated[int, typer.Option(help="optimizer updates per run")] = 384,
     log_until: Annotated[int, typer.Option(help="checkpoints at 0, 1, 2, 4, ... up to this step")] = 64,
     every: Annotated[int, typer.Option(help="steps between checkpoints after that")] = 32,
     width: Annotated[int, typer.Option(help="size of the residual stream")] = 128,

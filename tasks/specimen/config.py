@@ -23,7 +23,7 @@ class SpecimenConfig(BaseModel):
     seeds: int = Field(
         4, ge=1, le=1000, description="number of runs; run seedN takes weights and data order from seed N"
     )
-    steps: int = Field(512, ge=1, description="optimiser updates per run")
+    steps: int = Field(384, ge=1, description="optimiser updates per run")
     log_until: int = Field(64, ge=1, description="checkpoints at 0, 1, 2, 4, ... up to this step")
     every: int = Field(32, ge=1, description="steps between checkpoints after log_until")
     width: int = Field(128, ge=8, description="size of the residual stream")

@@ -1,5 +1,7 @@
 """A real Prefect server, a real tiny series, and the command line as a person calls it."""
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from flow_support import Cli, free_port
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.cli import main
 from tasks.specimen.config import SpecimenConfig
 from tasks.specimen.runs import train_all
 
@@ -54,16 +58,27 @@ def environment(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def cli(environment: dict[str, str]) -> Cli:
-    """Call ``ontogeny`` with arguments and wait for it."""
+def cli(prefect_server: str) -> Iterator[Cli]:
+    """Call ``ontogeny`` as its console script does, but in this process: starting one takes long."""
 
-    def call(*arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flows.cli", *arguments]
-        return subprocess.run(
-            command, env=environment | options, capture_output=True, text=True, timeout=240, check=False
-        )
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        code: object = 0
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            patch.setattr("sys.argv", ["ontogeny", *arguments])
+            try:
+                main()
+            except SystemExit as stopped:
+                code = stopped.code or 0
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
-    return call
+    with temporary_settings({PREFECT_API_URL: prefect_server}):
+        yield call
 
 
 @pytest.fixture(scope="session")

@@ -91,19 +91,35 @@ def test_task_runs_are_one_per_checkpoint(
     assert names == expected
 
 
-def test_study_without_a_server(tiny_series: Path, cli: Cli, tmp_path: Path) -> None:
+def test_study_without_a_server(tiny_series: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """No API is configured: Prefect runs its own for the time of the call."""
-    arguments = ("study", f"dir:{tiny_series}", "--root", str(tmp_path / "root"), *TINY)
     small = ("--set", "states.fit.k_max=2", "--set", "states.trajectories=['loss', 'l2']")
-    alone = {"PREFECT_API_URL": "", "PREFECT_HOME": str(tmp_path / "home")}
-    first = cli(*arguments, *small, **alone)
-    assert first.returncode == 0, first.stderr
+    root = str(tmp_path / "root")
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "study",
+        f"dir:{tiny_series}",
+        "--root",
+        root,
+        *TINY,
+        *small,
+    ]
+    alone = environment | {"PREFECT_API_URL": "", "PREFECT_HOME": str(tmp_path / "home")}
+
+    def call() -> str:
+        done = subprocess.run(
+            command, env=alone, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    call()
     page = tmp_path / "root" / "reports" / "tiny.html"
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     written = page.stat().st_mtime_ns
-    again = cli(*arguments, *small, **alone)
-    assert again.returncode == 0, again.stderr
-    assert "Nothing was computed anew." in again.stdout
+    assert "Nothing was computed anew." in call()
     assert page.stat().st_mtime_ns == written
 
 
