@@ -49,7 +49,7 @@ def gram_flops(shape: Shape) -> float:
     return (shape.layers + 2) * 2 * shape.width**2
 
 
-def run(shape: Shape | None = None, repeats: int = 7) -> Iterator[Line]:
+def run(shape: Shape | None = None, repeats: int = 5) -> Iterator[Line]:
     """All activation analyzers together, then each alone against the forward pass that it needs."""
     shape = shape or Shape()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
