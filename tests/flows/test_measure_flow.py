@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -58,6 +60,14 @@ def test_every_checkpoint_has_every_metric(undisturbed: Path) -> None:
     assert (loss.loc[8] < loss.loc[0]).all()
     assert metrics.groupby(["run", "step"]).size().nunique() == 1
     assert set(metrics["n"][metrics["metric"] == "loss"]) == {24 * 31}
+
+
+def test_the_query_of_the_readme_runs(undisturbed: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace('"ontogeny-data"', repr(str(undisturbed))), names)
+    assert list(names["wide"]["step"].unique()) == [0, 1, 2, 4, 6, 8]
 
 
 def test_second_call_measures_nothing(undisturbed: Path, tiny_series: Path, cli: Cli) -> None:
