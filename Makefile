@@ -1,6 +1,8 @@
 # `make demo` and `make test` need Python 3.11 or newer, make, and a package index; they set up the rest.
 PYTHON ?= python3
 VENV   := .venv
+# Threads that wait without spinning: see docs/architecture.md.
+export OMP_WAIT_POLICY ?= passive
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pandas as pd
+import polars
+import pyarrow.dataset
 import pytest
 from flow_support import TINY, Cli
 from pandas.testing import assert_frame_equal
@@ -68,6 +71,16 @@ def test_the_query_of_the_readme_runs(undisturbed: Path) -> None:
     names: dict[str, Any] = {}
     exec(code.replace('"ontogeny-data"', repr(str(undisturbed))), names)
     assert list(names["wide"]["step"].unique()) == [0, 1, 2, 4, 6, 8]
+
+
+def test_plain_readers_see_the_same_rows(undisturbed: Path) -> None:
+    for table in ("metrics", "spectra", "checkpoints", "provenance"):
+        expected = len(open_root(undisturbed).table(table, history=True))
+        files = f"{undisturbed}/tables/{table}/**/*.parquet"
+        assert pyarrow.dataset.dataset(f"{undisturbed}/tables/{table}").count_rows() == expected
+        assert len(pd.read_parquet(undisturbed / "tables" / table)) == expected
+        assert polars.scan_parquet(files).collect().height == expected
+        assert duckdb.sql(f"select count(*) from '{files}'").fetchall() == [(expected,)]
 
 
 def test_second_call_measures_nothing(undisturbed: Path, tiny_series: Path, cli: Cli) -> None:
