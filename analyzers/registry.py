@@ -52,6 +52,8 @@ def find(name: str) -> type[Analyzer]:
     Raises:
         UnknownAnalyzerError: there is none; the message names those that exist and the nearest.
     """
+    if name in _registry:
+        return _registry[name]  # looking through all installed packages takes long
     known = load_all()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)

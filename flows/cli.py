@@ -66,17 +66,21 @@ def _configured(
 
 
 def _quiet() -> None:
-    """Keep Prefect's and transformers' chatter off the terminal; the API keeps the logs."""
+    """Keep Prefect's and transformers' chatter off the terminal; a configured server still gets the logs."""
     from prefect.logging.configuration import setup_logging
-    from prefect.logging.handlers import PrefectConsoleHandler
+    from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
+    from prefect.settings import PREFECT_API_URL
     from transformers.utils import logging as transformers_logging
 
     setup_logging()
     names = [None, *(name for name in logging.root.manager.loggerDict if name.startswith("prefect"))]
     for name in names:
-        for handler in logging.getLogger(name).handlers:
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
             if isinstance(handler, PrefectConsoleHandler):
                 handler.setLevel(os.environ.get("ONTOGENY_LOG", "CRITICAL"))
+            elif isinstance(handler, APILogHandler) and not PREFECT_API_URL.value():
+                logger.removeHandler(handler)  # the temporary server may be gone before the last line arrives
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
