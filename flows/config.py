@@ -60,6 +60,17 @@ class MeasureConfig(_Section):
         16
     )
 
+    prefetch: Annotated[
+        int, Field(description="checkpoints downloaded while another is measured", ge=0, le=64)
+    ] = 2
+    disk_gb: Annotated[
+        float | None,
+        Field(description="GB (1e9 bytes) that downloads may hold; absent: what the window needs", gt=0),
+    ] = None
+    keep: Annotated[
+        bool, Field(description="keep downloads under ROOT/downloads instead of deleting each when measured")
+    ] = False
+
     @field_validator("steps")
     @classmethod
     def _steps(cls, steps: str | None) -> str | None:

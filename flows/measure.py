@@ -9,8 +9,17 @@ from flows.config import SeriesConfig, default_root
 from flows.progress import bars
 from storage.series import Checkpoint
 from storage.store import Store
+from storage.window import Arrival, Window
 from tasks.catalogue import Catalogue, catalogue
-from tasks.measure import MeasureJob, Plan, measure_checkpoint, plan, record_failure, show_newest
+from tasks.measure import (
+    MeasureJob,
+    Plan,
+    measure_checkpoint,
+    plan,
+    record_failure,
+    sentence,
+    show_newest,
+)
 from tasks.models import choose_device
 from tasks.provenance import invocation
 
@@ -102,7 +111,7 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
         plans = _plans(config, root, found.sound)
         todo = [c for c, p in plans if p.missing]
         summary.already_there = len(found.sound) - len(todo)
-        _measure_all(job_of(config, root), todo, summary)
+        _measure_all(config, root, todo, summary)
         show_newest(store, plans)
         counts.update(
             checkpoints=summary.checkpoints,
@@ -115,20 +124,40 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
     return summary
 
 
-def _measure_all(job: MeasureJob, todo: list[Checkpoint], summary: MeasureSummary) -> None:
+def _measure_all(config: SeriesConfig, root: str, todo: list[Checkpoint], summary: MeasureSummary) -> None:
     if not todo:
         return
+    job, store, settings = job_of(config, root), Store(root), config.measure
+    window = Window(
+        store,
+        job.scratch if not settings.keep else job.kept,
+        settings.prefetch,
+        None if settings.disk_gb is None else int(settings.disk_gb * 1e9),
+        settings.keep,
+    )
+
+    def needed(checkpoint: Checkpoint) -> bool:
+        return bool(plan(job, store, checkpoint).missing)
+
     with bars() as progress:
         bar = progress.add_task("measure", total=len(todo), note="")
-        for checkpoint in todo:
-            progress.update(bar, note=checkpoint.label)
-            state: Any = measure_checkpoint(job, checkpoint, return_state=True)
-            counts = state.result(raise_on_failure=False)
-            if isinstance(counts, dict):
-                summary.keys_computed += counts["keys_computed"]
-                summary.forward_passes += counts["forward_passes"]
-            if state.is_completed():
-                summary.measured += 1
-            else:
-                summary.failed.append(checkpoint.label)
+        for arrival in window.walk(todo, needed):
+            progress.update(bar, note=arrival.checkpoint.label)
+            _measure_one(job, arrival, summary)
             progress.advance(bar)
+
+
+def _measure_one(job: MeasureJob, arrival: Arrival, summary: MeasureSummary) -> None:
+    if arrival.folder is None and arrival.error is None:
+        summary.already_there += 1
+        return
+    error = None if arrival.error is None else sentence(arrival.error)
+    state: Any = measure_checkpoint(job, arrival.checkpoint, arrival.folder, error, return_state=True)
+    counts = state.result(raise_on_failure=False)
+    if isinstance(counts, dict):
+        summary.keys_computed += counts["keys_computed"]
+        summary.forward_passes += counts["forward_passes"]
+    if state.is_completed():
+        summary.measured += 1
+    else:
+        summary.failed.append(arrival.checkpoint.label)

@@ -137,6 +137,11 @@ class Store:
         self.root = str(root)
         self.fs, self.path = fsspec.core.url_to_fs(self.root)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the root is a folder of this machine."""
+        return "file" in _protocols(self.fs)
+
     def _folder(self, table: str, series: str | None = None, run: str | None = None) -> str:
         parts = [self.path, "tables", _spec(table).name]
         for kind, name in (("series", series), ("run", run)):
@@ -191,7 +196,7 @@ class Store:
         self._put(path, sink.getvalue().to_pybytes())
 
     def _put(self, path: str, data: bytes) -> None:
-        if "file" not in _protocols(self.fs):
+        if not self.is_local:
             self.fs.pipe_file(path, data)  # one PUT: object stores show all of it or nothing
             return
         target = PurePosixPath(path)

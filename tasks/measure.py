@@ -19,11 +19,12 @@ from analyzers.reductions import Spec
 from analyzers.reductions import State as ReductionState
 from analyzers.registry import find
 from analyzers.runner import batches, run_pass
+from storage.errors import OntogenyError
 from storage.hub import first_line
 from storage.keys import canonical_json, result_key
 from storage.probe import Probe, ProbeConfig
 from storage.series import Checkpoint
-from storage.sources import fetched, tokenizer_folder
+from storage.sources import tokenizer_folder
 from storage.store import Store, now
 from storage.tables import SCHEMA_VERSION
 from tasks.models import CheckpointWeights, load_adapter, probe_of
@@ -46,6 +47,11 @@ class MeasureJob(BaseModel):
     def scratch(self) -> Path:
         """Folder for downloads: beside the tables, or the current folder's if ROOT is a URL."""
         return Path("ontogeny-scratch") if "://" in self.root else Path(self.root) / "scratch"
+
+    @property
+    def kept(self) -> Path:
+        """Folder for downloads that stay."""
+        return self.scratch.with_name("downloads")
 
     def build(self) -> list[Analyzer]:
         """The analyzers with their parameters."""
@@ -195,8 +201,12 @@ def record_failure(store: Store, checkpoint: Checkpoint, analyzer: str | None, e
     store.write("failures", [row], series=checkpoint.series, run=checkpoint.run, name=name)
 
 
-def measure(job: MeasureJob, checkpoint: Checkpoint) -> dict[str, int]:
+def measure(
+    job: MeasureJob, checkpoint: Checkpoint, folder: Path | None, error: str | None = None
+) -> dict[str, int]:
     """Compute and store what is missing of one checkpoint; return counts of keys, passes and failures.
+
+    ``folder`` is where it lies; None, with ``error``, if it did not arrive.
 
     One analyzer's failure is recorded and leaves the others alone; a checkpoint that cannot be loaded is
     recorded once.
@@ -204,12 +214,13 @@ def measure(job: MeasureJob, checkpoint: Checkpoint) -> dict[str, int]:
     store = Store(job.root)
     counts = {"keys_computed": 0, "forward_passes": 0, "failures": 0}
     try:
+        if folder is None:
+            raise OntogenyError(error or f"{checkpoint.label} did not arrive")
         todo = plan(job, store, checkpoint)
         if todo.missing:
-            with fetched(checkpoint, job.scratch) as folder:
-                _measure_folder(job, store, checkpoint, folder, todo, counts)
+            _measure_folder(job, store, checkpoint, folder, todo, counts)
     except Exception as error:  # whatever a broken checkpoint raises is recorded, and the series goes on
-        record_failure(store, checkpoint, None, _sentence(error))
+        record_failure(store, checkpoint, None, sentence(error))
         counts["failures"] += 1
     return counts
 
@@ -235,7 +246,7 @@ def _measure_folder(
             else:
                 raise TypeError(f"analyzer {item.analyzer.name!r} reads neither activations nor weights")
         except Exception as error:  # one analyzer's fault must not lose the others' results
-            record_failure(store, checkpoint, item.analyzer.name, _sentence(error))
+            record_failure(store, checkpoint, item.analyzer.name, sentence(error))
             counts["failures"] += 1
             continue
         store_result(store, checkpoint, item, result)
@@ -257,7 +268,8 @@ def one_pass(job: MeasureJob, folder: Path, readers: list[ActivationAnalyzer], p
     return OnePass(adapter, run_pass(adapter, batches(torch.from_numpy(probe.tokens), job.batch), specs))
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """An error in one line; the type's name goes before errors that are not ours."""
     text = first_line(error)
     return text if type(error).__module__.startswith("storage") else f"{type(error).__name__}: {text}"
 
@@ -265,9 +277,11 @@ def _sentence(error: Exception) -> str:
 @task(
     name="measure-checkpoint", task_run_name="{checkpoint.run}/{checkpoint.revision}", cache_policy=NO_CACHE
 )
-def measure_checkpoint(job: MeasureJob, checkpoint: Checkpoint) -> State[dict[str, int]]:
+def measure_checkpoint(
+    job: MeasureJob, checkpoint: Checkpoint, folder: Path | None, error: str | None = None
+) -> State[dict[str, int]]:
     """Task: measure one checkpoint. A failure is a Failed state whose data are the counts."""
-    counts = measure(job, checkpoint)
+    counts = measure(job, checkpoint, folder, error)
     if counts["failures"]:
         return Failed(message=f"{checkpoint.label}: see table failures", data=counts)
     return Completed(data=counts)

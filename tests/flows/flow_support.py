@@ -3,6 +3,11 @@
 import socket
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from storage import open_root
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 TINY = ("--set", "probe.length=32", "--set", "probe.sequences=24", "--set", "measure.batch=8")
@@ -12,3 +17,25 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+# Runs the command line and appends a line to a file at every forward pass of a whole model.
+COUNTING = """
+import sys, torch
+from transformers import GPTNeoXForCausalLM
+from flows.cli import main
+def count(module, inputs, output):
+    if isinstance(module, GPTNeoXForCausalLM):
+        with open({log!r}, "a") as stream:
+            stream.write("pass\\n")
+torch.nn.modules.module.register_module_forward_hook(count)
+sys.argv = ["ontogeny", *{arguments!r}]
+main()
+"""
+
+
+def measured_rows(root: Path, table: str) -> pd.DataFrame:
+    """All rows of a table but for the time of writing, in an order of their own."""
+    frame = open_root(root).table(table, history=True).to_pandas().drop(columns="recorded_at")
+    by = [c for c in ("run", "step", "analyzer", "metric", "site", "layer", "half", "centered") if c in frame]
+    return frame.sort_values(by, na_position="first").reset_index(drop=True)

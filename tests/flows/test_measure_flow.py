@@ -15,33 +15,13 @@ import pandas as pd
 import polars
 import pyarrow.dataset
 import pytest
-from flow_support import TINY, Cli
+from flow_support import COUNTING, TINY, Cli, measured_rows
 from pandas.testing import assert_frame_equal
 
 from storage import open_root
 
-# Runs the command line and appends a line to a file at every forward pass of a whole model.
-COUNTING = """
-import sys, torch
-from transformers import GPTNeoXForCausalLM
-from flows.cli import main
-def count(module, inputs, output):
-    if isinstance(module, GPTNeoXForCausalLM):
-        with open({log!r}, "a") as stream:
-            stream.write("pass\\n")
-torch.nn.modules.module.register_module_forward_hook(count)
-sys.argv = ["ontogeny", *{arguments!r}]
-main()
-"""
 BATCHES_PER_PASS = 3  # 24 sequences in batches of 8
 CHECKPOINTS = 12
-
-
-def rows(root: Path, table: str) -> pd.DataFrame:
-    """All rows of a table but for the time of writing, in an order of their own."""
-    frame = open_root(root).table(table, history=True).to_pandas().drop(columns="recorded_at")
-    by = [c for c in ("run", "step", "analyzer", "metric", "site", "layer", "half", "centered") if c in frame]
-    return frame.sort_values(by, na_position="first").reset_index(drop=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +64,11 @@ def test_plain_readers_see_the_same_rows(undisturbed: Path) -> None:
 
 
 def test_second_call_measures_nothing(undisturbed: Path, tiny_series: Path, cli: Cli) -> None:
-    before = rows(undisturbed, "metrics")
+    before = measured_rows(undisturbed, "metrics")
     again = cli("measure", f"dir:{tiny_series}", "--root", str(undisturbed), *TINY)
     assert again.returncode == 0, again.stderr
     assert "All 12 checkpoints were already there; nothing was measured anew." in again.stdout
-    assert_frame_equal(rows(undisturbed, "metrics"), before)
+    assert_frame_equal(measured_rows(undisturbed, "metrics"), before)
     counts = json.loads(open_root(undisturbed).table("provenance").to_pylist()[-1]["counts"])
     assert counts["forward_passes"] == 0
 
@@ -135,7 +115,7 @@ def test_kill_then_again_equals_undisturbed(
     )
     assert again.returncode == 0, again.stderr
     for table in ("metrics", "spectra"):
-        assert_frame_equal(rows(root, table), rows(undisturbed, table))
+        assert_frame_equal(measured_rows(root, table), measured_rows(undisturbed, table))
     after = len(log.read_text().splitlines()) - before
     # Whatever was stored is not run again; at most the checkpoint that was cut off is.
     assert after <= (CHECKPOINTS - complete) * BATCHES_PER_PASS
@@ -157,9 +137,9 @@ def test_one_damaged_checkpoint_is_named_and_the_others_go_on(
     assert "truncated: 5000 of" in failure["error"]
     (finding,) = open_root(root).table("findings").to_pylist()
     assert (finding["kind"], finding["severity"]) == ("damaged", "error")
-    expected = rows(undisturbed, "metrics")
+    expected = measured_rows(undisturbed, "metrics")
     expected = expected[(expected["run"] != "seed1") | (expected["step"] != 4)].reset_index(drop=True)
-    assert_frame_equal(rows(root, "metrics"), expected)
+    assert_frame_equal(measured_rows(root, "metrics"), expected)
 
 
 def test_weights_that_do_not_fill_the_model_are_a_failure(series: Path, cli: Cli, tmp_path: Path) -> None:

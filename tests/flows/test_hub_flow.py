@@ -1,0 +1,207 @@
+"""Measuring a hub series end to end: the same rows as from folders, faults, budget, two processes, kills."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flow_support import COUNTING, TINY, Cli, measured_rows
+from pandas.testing import assert_frame_equal
+
+from storage import open_root
+from storage.mirror import Mirror, repositories
+
+PER_PASS = 3  # 24 sequences in batches of 8
+
+
+@pytest.fixture
+def from_folder(tiny_series: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("from-folder")
+    done = cli("measure", f"dir:{tiny_series}/seed0", "--root", str(root), "--set", "name=tiny", *TINY)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture
+def hub(tiny_series: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
+    with Mirror(repositories(tiny_series, "specimen")) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        yield mirror
+
+
+def hub_arguments(root: Path, *more: str) -> list[str]:
+    return ["measure", "hub:specimen/seed0", "--root", str(root), "--set", "name=tiny", *TINY, *more]
+
+
+def scratch_bytes(root: Path) -> int:
+    total = 0
+    for path in (root / "scratch").rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue  # evicted while we looked
+    return total
+
+
+def test_hub_and_folder_give_the_same_rows(hub: Mirror, from_folder: Path, cli: Cli, tmp_path: Path) -> None:
+    done = cli(*hub_arguments(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for table in ("metrics", "spectra"):
+        ours = measured_rows(tmp_path, table).drop(columns=["run"])
+        assert_frame_equal(ours, measured_rows(from_folder, table).drop(columns=["run"]), check_exact=True)
+    assert not list((tmp_path / "scratch").rglob("*.safetensors"))
+    again = cli(*hub_arguments(tmp_path))
+    assert "All 6 checkpoints were already there; nothing was measured anew." in again.stdout
+
+
+def test_three_broken_checkpoints_are_named_and_the_others_measured(
+    series: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (series / "seed0" / "step1" / "model.safetensors").unlink()
+    weights = series / "seed0" / "step4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    (series / "seed0" / "step6" / "config.json").write_text('{"model_type": "unheard-of"}')
+    with Mirror(repositories(series, "specimen")) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        done = cli(*hub_arguments(tmp_path))
+    assert done.returncode == 1
+    assert "Measured 3 checkpoints" in done.stdout
+    for step in (1, 4, 6):
+        assert f"failed: main/step{step} " in done.stdout
+    assert sorted(open_root(tmp_path).table("failures").to_pandas()["step"]) == [1, 4, 6]
+    assert sorted(set(open_root(tmp_path).table("metrics").to_pandas()["step"])) == [0, 2, 8]
+
+
+def test_disk_in_use_stays_within_the_budget(hub: Mirror, cli: Cli, tmp_path: Path) -> None:
+    one = sum(p.stat().st_size for p in (next(iter(hub.repos.values())) / "step0").iterdir())
+    budget = int(2.5 * one)  # two of them fit, three do not
+    most, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.001):
+            most[0] = max(most[0], scratch_bytes(tmp_path) - tokenizers(tmp_path))
+
+    def tokenizers(root: Path) -> int:
+        return sum(p.stat().st_size for p in (root / "scratch" / "tokenizers").rglob("*") if p.is_file())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        done = cli(*hub_arguments(tmp_path, "--set", f"measure.disk_gb={budget / 1e9}"))
+    finally:
+        stop.set()
+        watcher.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert one <= most[0] <= budget
+
+
+def test_a_checkpoint_over_the_budget_is_a_failure(hub: Mirror, cli: Cli, tmp_path: Path) -> None:
+    done = cli(*hub_arguments(tmp_path, "--steps", "0", "--set", "measure.disk_gb=1e-6"))
+    assert done.returncode == 1
+    (failure,) = open_root(tmp_path).table("failures").to_pylist()
+    assert "more than the disk budget of 1,000" in failure["error"]
+
+
+def test_downloads_can_be_kept(hub: Mirror, cli: Cli, tmp_path: Path) -> None:
+    done = cli(*hub_arguments(tmp_path, "--steps", "0,1", "--set", "measure.keep=true"))
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "downloads").rglob("model.safetensors"))) == 2
+
+
+def test_two_processes_share_the_work(
+    tiny_series: Path, cli: Cli, environment: dict[str, str], tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone"
+    assert cli("measure", f"dir:{tiny_series}", "--root", str(alone), *TINY).returncode == 0
+    root, log = tmp_path / "root", tmp_path / "passes"
+    arguments = ["measure", f"dir:{tiny_series}", "--root", str(root), *TINY]
+    script = COUNTING.format(log=str(log), arguments=arguments)
+    both = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    assert len(log.read_text().splitlines()) == 12 * PER_PASS
+    for table in ("metrics", "spectra"):
+        assert_frame_equal(measured_rows(root, table), measured_rows(alone, table))
+
+
+def test_kill_in_a_download_then_again_equals_undisturbed(
+    tiny_series: Path, from_folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    command = [sys.executable, "-m", "flows.cli", *hub_arguments(root)]
+    with Mirror(repositories(tiny_series, "specimen"), bytes_per_second=400_000) as slow:
+        first = subprocess.Popen(command, env=environment | {"HF_ENDPOINT": slow.url})
+        deadline = time.monotonic() + 120
+        while not [
+            p for p in (root / "scratch" / "tiny").rglob("*") if p.is_file() and p.stat().st_size > 50_000
+        ]:
+            assert time.monotonic() < deadline
+            assert first.poll() is None
+            time.sleep(0.005)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    with Mirror(repositories(tiny_series, "specimen")) as mirror:
+        again = subprocess.run(
+            command,
+            env=environment | {"HF_ENDPOINT": mirror.url},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    assert again.returncode == 0, again.stderr
+    for table in ("metrics", "spectra"):
+        ours = measured_rows(root, table).drop(columns=["run"])
+        assert_frame_equal(ours, measured_rows(from_folder, table).drop(columns=["run"]), check_exact=True)
+
+
+def test_memory_does_not_grow_with_checkpoints(
+    tiny_series: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "many"
+    for step in range(100):
+        target = folder / f"step{step}"
+        shutil.copytree(tiny_series / "seed0" / "step0", target)
+        # Different weights: equal ones would be found out by the audit.
+        data = bytearray((target / "model.safetensors").read_bytes())
+        data[-4] = step
+        (target / "model.safetensors").write_bytes(data)
+    script = MEMORY.format(arguments=["measure", f"dir:{folder}", "--root", str(tmp_path / "root"), *TINY])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    resident = [int(line) for line in done.stderr.split() if line.isdigit()]
+    assert len(resident) == 100
+    assert resident[-1] <= 1.1 * resident[9]
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import flows.measure
+from flows.cli import main
+measured = flows.measure._measure_one
+def watched(*arguments):
+    measured(*arguments)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    print(pages, file=sys.stderr)
+flows.measure._measure_one = watched
+sys.argv = ["ontogeny", *{arguments!r}]
+main()
+"""
