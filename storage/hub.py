@@ -1,38 +1,42 @@
-"""Checkpoints on the Hugging Face Hub, through its own client: list, pin, describe, fetch."""
+"""Checkpoints on the Hugging Face Hub or a mirror of it: list, pin, describe, download, evict.
 
+``HF_TOKEN`` gives access to gated and private repositories, ``HF_ENDPOINT`` names a mirror; how long a
+request is tried, see :class:`storage.transfer.Patience`.
+"""
+
+import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
+from threading import Event
+from typing import Any
+from urllib.parse import quote
 
-import huggingface_hub as hf
+from filelock import FileLock
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from storage.errors import OntogenyError, UsageError
+from storage.errors import DamagedCheckpointError, HubError, UsageError
+from storage.errors import first_line as first_line
+from storage.keys import text_digests, weights_sha256
 from storage.series import Checkpoint, HubSource, WeightFile, parse_name
+from storage.transfer import RemoteFile, endpoint, fetch, first_bytes, get_pages, part_of
 
 # transformers would otherwise ask a conversion service about every .bin repository.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
-_TEXT_FILES = ["*.json", "*.txt", "*.model"]
+_TEXT_FILES = ("*.json", "*.txt", "*.model")
 _WEIGHTS = (("model", "safetensors"), ("pytorch_model", "bin"))
-
-
-class HubError(OntogenyError):
-    """The Hub did not give what was asked for; the sentence says what and where."""
-
-
-@contextmanager
-def _asking(what: str) -> Iterator[None]:
-    """Turn the client's errors into a :class:`HubError`: those of its HTTP library have no public base."""
-    try:
-        yield
-    except OntogenyError:
-        raise
-    except Exception as error:
-        raise HubError(f"{what}: {first_line(error)}") from error
+_CONNECTIONS = 4
+# In every folder that a download made: nothing else is ever evicted.
+_OURS = ".ontogeny-download"
+_HEADER_GUESS = 1 << 16
+_HEADER_LIMIT = 100_000_000
 
 
 def list_hub(series: str, source: HubSource) -> tuple[list[Checkpoint], list[str]]:
@@ -48,18 +52,11 @@ def list_hub(series: str, source: HubSource) -> tuple[list[Checkpoint], list[str
     found: list[Checkpoint] = []
     unparsed: list[str] = []
     for run, repo in source.repos.items():
-        with _asking(f"{repo}: the Hub did not list branches"):
-            try:
-                branches = hf.HfApi().list_repo_refs(repo).branches
-            except RepositoryNotFoundError:
-                raise UsageError(
-                    f"repository {repo!r} does not exist on the Hub, or is not yours to read"
-                ) from None
         here = []
-        for branch in branches:
-            parsed = parse_name(branch.name, source)
+        for name, commit in _branches(repo):
+            parsed = parse_name(name, source)
             if parsed is None:
-                unparsed.append(f"{run}/{branch.name}")
+                unparsed.append(f"{run}/{name}")
                 continue
             here.append(
                 Checkpoint(
@@ -68,8 +65,8 @@ def list_hub(series: str, source: HubSource) -> tuple[list[Checkpoint], list[str
                     step=parsed.step,
                     stage=parsed.stage,
                     tokens=parsed.tokens,
-                    revision=branch.name,
-                    commit=branch.target_commit,
+                    revision=name,
+                    commit=commit,
                     location=repo,
                 )
             )
@@ -79,47 +76,201 @@ def list_hub(series: str, source: HubSource) -> tuple[list[Checkpoint], list[str
     return found, unparsed
 
 
-def describe_hub(checkpoint: Checkpoint, known: Checkpoint | None = None) -> Checkpoint:
+def _branches(repo: str) -> list[tuple[str, str]]:
+    what = f"{repo}: the Hub did not list branches"
+    try:
+        pages = get_pages(f"api/models/{repo}/refs", what)
+    except HubError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            # A gated one is of this type too; the sentence says which it is.
+            reason = str(error).partition(": the Hub did not list branches: ")[2]
+            raise UsageError(f"repository {repo!r} cannot be listed: {reason}") from None
+        raise
+    try:
+        return [(b["name"], b["targetCommit"]) for page in pages for b in page["branches"]]
+    except (KeyError, TypeError):
+        raise HubError(f"{what}: the answer is not of the Hub's form") from None
+
+
+def describe_hub(checkpoint: Checkpoint, known: Checkpoint | None = None, dtype: bool = False) -> Checkpoint:
     """Add weight files with sizes and LFS digests, from the Hub's metadata at the pinned commit.
 
-    A checkpoint already recorded keeps the commit it was pinned to, whatever its branch says now.
+    A checkpoint already recorded keeps the commit it was pinned to, whatever its branch says now. With
+    ``dtype``, the header of its first safetensors file is read too, by one or two small ranged requests.
 
     Raises:
-        HubError: the Hub did not answer, or the repository has no weights at that commit.
+        HubError: the Hub did not answer.
+        DamagedCheckpointError: there are no weights at that commit, or not all of them.
     """
     if known is not None and known.weights_sha256 and known.location == checkpoint.location:
-        return checkpoint.described_as(known)
-    return checkpoint.described(weight_files(checkpoint), checkpoint.commit)
+        checkpoint = checkpoint.model_copy(update={"commit": known.commit})
+        # Without files it was recorded before their digests were: described anew, at the same commit.
+        if known.files and (known.dtype is not None or not dtype):
+            return checkpoint.described_as(known)
+    entries = tree(checkpoint)
+    files = tuple(
+        WeightFile(name=file.name, bytes=file.bytes, sha256=file.sha256)
+        for file in _weights(checkpoint, entries)
+    )
+    update: dict[str, Any] = dict(
+        text_digests(lambda name: entries[name].digest if name in entries else None)
+    )
+    update["text_bytes"] = sum(file.bytes for file in _texts(entries))
+    if dtype:
+        update["dtype"] = _stored_dtype(checkpoint, files[0].name)
+    return checkpoint.described(files, checkpoint.commit).model_copy(update=update)
 
 
-def weight_files(checkpoint: Checkpoint) -> tuple[WeightFile, ...]:
-    """Weight files at the pinned commit, safetensors preferred, with sizes and LFS digests.
+def tree(checkpoint: Checkpoint) -> dict[str, RemoteFile]:
+    """Files at the top of the pinned commit, by name, with sizes and digests: one request.
 
     Raises:
-        HubError: the Hub did not answer, the repository has no weights at that commit, a shard is absent, or
-            a file is not kept in LFS (which is how a pointer committed in place of weights looks).
+        HubError: the Hub did not answer.
     """
-    with _asking(f"{checkpoint.label}: the Hub did not list files"):
-        tree = list(hf.HfApi().list_repo_tree(checkpoint.location, revision=checkpoint.commit))
-    entries = {entry.path: entry for entry in tree if isinstance(entry, hf.RepoFile)}
+    what = f"{checkpoint.label}: the Hub did not list files"
+    pages = get_pages(f"api/models/{checkpoint.location}/tree/{checkpoint.commit}", what)
+    try:
+        found = [_remote(entry) for page in pages for entry in page if entry["type"] == "file"]
+    except (KeyError, TypeError, ValueError):
+        raise HubError(f"{what}: the answer is not of the Hub's form") from None
+    # A name is joined to a folder's path: it must not lead elsewhere, nor hide.
+    return {file.name: file for file in found if "/" not in file.name and not file.name.startswith(".")}
+
+
+def _remote(entry: dict[str, Any]) -> RemoteFile:
+    lfs = entry.get("lfs")
+    sha256 = str(lfs["oid"]).removeprefix("sha256:") if lfs else None
+    size = int(lfs["size"] if lfs else entry["size"])
+    return RemoteFile(str(entry["path"]), size, sha256, str(entry["oid"]))
+
+
+def _weights(checkpoint: Checkpoint, entries: dict[str, RemoteFile]) -> list[RemoteFile]:
+    """Weight files, safetensors preferred.
+
+    Raises:
+        DamagedCheckpointError: there are none, a shard is absent, or a file is not kept in LFS (which is how
+            a pointer committed in place of weights looks).
+    """
     for stem, suffix in _WEIGHTS:
-        shards = [re.fullmatch(rf"{stem}-(\d+)-of-(\d+)\.{suffix}", path) for path in sorted(entries)]
+        shards = [re.fullmatch(rf"{stem}-(\d+)-of-(\d+)\.{suffix}", name) for name in sorted(entries)]
         found = [shard for shard in shards if shard is not None]
         for shard in found:
             if len(found) != int(shard[2]):
-                raise HubError(f"{checkpoint.label}: {len(found)} of {int(shard[2])} shards are there")
+                text = f"{checkpoint.label}: {len(found)} of {int(shard[2])} shards are there"
+                raise DamagedCheckpointError(text, "missing-shard")
         single = f"{stem}.{suffix}"
         names = [shard[0] for shard in found] or ([single] if single in entries else [])
         for name in names:
-            if entries[name].lfs is None:
-                raise HubError(f"{checkpoint.label}: {name!r} is not kept in LFS, so it is no weights file")
+            if entries[name].sha256 is None:
+                text = f"{checkpoint.label}: {name!r} is not kept in LFS, so it is no weights file"
+                raise DamagedCheckpointError(text, "lfs-pointer")
+            if entries[name].bytes == 0:
+                raise DamagedCheckpointError(f"{checkpoint.label}: {name!r} is empty")
         if names:
-            return tuple(_weight_file(entries[name]) for name in names)
-    raise HubError(f"{checkpoint.label}: no weights at commit {checkpoint.commit}")
+            return [entries[name] for name in names]
+    raise DamagedCheckpointError(f"{checkpoint.label}: no weights at commit {checkpoint.commit}")
 
 
-def _weight_file(entry: hf.RepoFile) -> WeightFile:
-    return WeightFile(name=entry.path, bytes=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None)
+def _texts(entries: dict[str, RemoteFile]) -> list[RemoteFile]:
+    return [file for file in entries.values() if any(fnmatch(file.name, p) for p in _TEXT_FILES)]
+
+
+def _address(checkpoint: Checkpoint, name: str) -> str:
+    return f"{endpoint()}/{checkpoint.location}/resolve/{checkpoint.commit}/{quote(name)}"
+
+
+def _stored_dtype(checkpoint: Checkpoint, name: str) -> str | None:
+    """The dtype of most tensors of a safetensors file on the Hub; None for another format."""
+    if not name.endswith(".safetensors"):
+        return None
+    url, what = _address(checkpoint, name), f"{checkpoint.label}: the header of {name!r} was not read"
+    data = first_bytes(url, _HEADER_GUESS, what)
+    length = int.from_bytes(data[:8], "little")
+    if not 0 < length <= _HEADER_LIMIT:
+        raise DamagedCheckpointError(f"{checkpoint.label}: {name!r} is no safetensors file")
+    if len(data) < 8 + length:
+        data = first_bytes(url, 8 + length, what)
+    try:
+        header = json.loads(data[8 : 8 + length])
+        kinds = Counter(str(entry["dtype"]) for key, entry in header.items() if key != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpointError(f"{checkpoint.label}: {name!r} is no safetensors file") from None
+    return kinds.most_common(1)[0][0] if kinds else None
+
+
+def download_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes that :func:`download` takes on disk: weights, configuration and tokenizer.
+
+    No request for a described checkpoint, one for another.
+
+    Raises:
+        HubError: the Hub did not answer.
+        DamagedCheckpointError: there are no weights at that commit, or not all of them.
+    """
+    if checkpoint.bytes is not None and checkpoint.text_bytes is not None:
+        return checkpoint.bytes + checkpoint.text_bytes
+    entries = tree(checkpoint)
+    return sum(file.bytes for file in [*_weights(checkpoint, entries), *_texts(entries)])
+
+
+def download(checkpoint: Checkpoint, folder: Path, stop: Event | None = None) -> None:
+    """Download a checkpoint into ``folder``: on return it is complete, and every file's digest is right.
+
+    A file has its name only once it is verified, so whatever a kill leaves behind is never taken for whole.
+    The next call goes on where a failed or killed one stopped. Two processes take turns. ``stop``, once
+    set, ends it with a HubError.
+
+    Raises:
+        HubError: the Hub did not answer; what has come is kept for the next call.
+        DamagedCheckpointError: what the Hub serves is not what its metadata say, or not what was recorded;
+            the wrong file is deleted.
+    """
+    entries = tree(checkpoint)
+    weights = _weights(checkpoint, entries)
+    found = weights_sha256((file.name, file.digest) for file in weights)
+    if checkpoint.weights_sha256 not in (None, found):
+        text = f"{checkpoint.label}: weights were announced as {checkpoint.weights_sha256}, now as {found}"
+        raise DamagedCheckpointError(text)
+    _fetch_all(checkpoint, [*weights, *_texts(entries)], folder, stop)
+
+
+def _fetch_all(checkpoint: Checkpoint, files: list[RemoteFile], folder: Path, stop: Event | None) -> None:
+    given_up = Event()
+
+    def stopped() -> bool:
+        return given_up.is_set() or (stop is not None and stop.is_set())
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _OURS).touch()
+    with FileLock(folder / ".lock"):
+        current = {part_of(folder, file) for file in files}
+        for stale in set(folder.glob(".*.part")) - current:
+            stale.unlink()
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            what = f"{checkpoint.label}: download failed"
+            jobs = [
+                pool.submit(fetch, _address(checkpoint, f.name), f, folder, f"{what}: {f.name!r}", stopped)
+                for f in files
+            ]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException:
+                # Otherwise the pool would finish gigabytes before an error or Ctrl-C came through.
+                given_up.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def evict(folder: Path) -> None:
+    """Delete a downloaded checkpoint; a folder that :func:`download` did not make is left alone."""
+    if (folder / _OURS).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_of(checkpoint: Checkpoint, scratch: Path) -> Path:
+    """Where a checkpoint is downloaded to."""
+    return scratch / checkpoint.series / checkpoint.run / checkpoint.revision
 
 
 @contextmanager
@@ -127,21 +278,19 @@ def fetched_hub(checkpoint: Checkpoint, scratch: Path) -> Iterator[Path]:
     """Download a checkpoint into ``scratch``, yield its folder, and delete it afterwards.
 
     Raises:
-        HubError: the download did not succeed after the client's own retries.
+        HubError: the Hub did not answer; what has come is kept for the next call.
+        DamagedCheckpointError: what the Hub serves is not what its metadata say.
     """
-    folder = scratch / checkpoint.series / checkpoint.run / checkpoint.revision
-    names = [file.name for file in checkpoint.files or weight_files(checkpoint)]
-    with _asking(f"{checkpoint.label}: download failed"):
-        hf.snapshot_download(
-            checkpoint.location,
-            revision=checkpoint.commit,
-            local_dir=folder,
-            allow_patterns=[*names, *_TEXT_FILES],
-        )
+    folder = folder_of(checkpoint, scratch)
+    try:
+        download(checkpoint, folder)
+    except DamagedCheckpointError:
+        evict(folder)
+        raise
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        evict(folder)
 
 
 def fetch_texts(checkpoint: Checkpoint, scratch: Path) -> Path:
@@ -149,20 +298,11 @@ def fetch_texts(checkpoint: Checkpoint, scratch: Path) -> Path:
 
     Raises:
         HubError: the download did not succeed.
+        DamagedCheckpointError: what the Hub serves is not what its metadata say.
     """
     folder = scratch / "tokenizers" / checkpoint.series / checkpoint.run
     complete = folder / ".complete"
-    if complete.exists():
-        return folder
-    with _asking(f"{checkpoint.label}: no tokenizer"):
-        hf.snapshot_download(
-            checkpoint.location, revision=checkpoint.commit, local_dir=folder, allow_patterns=_TEXT_FILES
-        )
-    complete.touch()
+    if not complete.exists():
+        _fetch_all(checkpoint, _texts(tree(checkpoint)), folder, None)
+        complete.touch()
     return folder
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's text, or its type's name if it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -3,13 +3,21 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from storage.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+# What the Hub keeps in LFS unless a repository says otherwise.
+LFS_SUFFIXES = (".safetensors", ".bin", ".model")
+LFS_BYTES = 10_000_000
+
+CONFIG_FILE = "config.json"
+_TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_PARTS = ("added_tokens.json", "merges.txt", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def canonical_json(value: Any) -> str:
@@ -35,6 +43,35 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes in hexadecimal; for a weights file this equals the Hub's LFS digest."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def git_blob_sha1(path: Path) -> str:
+    """Digest by which git, and so the Hub's metadata, knows a file's contents."""
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            blob.update(chunk)
+    return blob.hexdigest()
+
+
+def hub_digest(path: Path) -> str:
+    """The digest that the Hub's metadata would show of a file: SHA-256 for what LFS keeps, else git's."""
+    in_lfs = path.name.endswith(LFS_SUFFIXES) or path.stat().st_size > LFS_BYTES
+    return file_sha256(path) if in_lfs else git_blob_sha1(path)
+
+
+def text_digests(digest_of: Callable[[str], str | None]) -> dict[str, str | None]:
+    """``config_digest`` and ``tokenizer_digest`` from the Hub's digests of files by name, None where absent.
+
+    The tokenizer is ``tokenizer.json`` alone, or else all files of an older form together (SHA-1 over lines
+    ``name digest``). So metadata and files give the same values, and nothing need be downloaded.
+    """
+    tokenizer = digest_of(_TOKENIZER_FILE)
+    if tokenizer is None:
+        parts = [(name, digest_of(name)) for name in _TOKENIZER_PARTS]
+        lines = "".join(f"{name} {found}\n" for name, found in parts if found is not None)
+        tokenizer = hashlib.sha1(lines.encode()).hexdigest() if lines else None
+    return {"config_digest": digest_of(CONFIG_FILE), "tokenizer_digest": tokenizer}
 
 
 def weights_sha256(files: Iterable[tuple[str, str]]) -> str:

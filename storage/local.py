@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from storage.errors import OntogenyError, UsageError
-from storage.keys import check_name, digest, file_sha256
+from storage.errors import DamagedCheckpointError as DamagedCheckpointError
+from storage.errors import UsageError
+from storage.keys import check_name, digest, file_sha256, hub_digest, text_digests
 from storage.series import Checkpoint, DirSource, WeightFile, parse_name
 
 SINGLE_RUN = "run-0"
@@ -16,10 +17,6 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 _LFS = b"version https://git-lfs"
 # The longest header that safetensors itself accepts.
 _HEADER_LIMIT = 100_000_000
-
-
-class DamagedCheckpointError(OntogenyError):
-    """A checkpoint's files are missing, cut short or not what their names say."""
 
 
 def list_folder(series: str, source: DirSource, root: str) -> tuple[list[Checkpoint], list[str]]:
@@ -74,14 +71,16 @@ def describe_folder(checkpoint: Checkpoint, known: Checkpoint | None = None) -> 
     names = weight_names(folder)
     stats = {name: (folder / name).stat() for name in names}
     fingerprint = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
+    # Read always: they are small, and may change while the weights do not.
+    texts = text_digests(lambda name: hub_digest(folder / name) if (folder / name).is_file() else None)
     if known is not None and known.fingerprint == fingerprint and known.location == checkpoint.location:
-        return checkpoint.described_as(known)
+        return checkpoint.described_as(known).model_copy(update=texts)
     files = tuple(
         WeightFile(name=name, bytes=stat.st_size, sha256=file_sha256(folder / name))
         for name, stat in stats.items()
     )
     described = checkpoint.described(files, fingerprint)
-    return described.model_copy(update={"dtype": stored_dtype(folder, names)})
+    return described.model_copy(update={"dtype": stored_dtype(folder, names), **texts})
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -106,10 +105,14 @@ def weight_names(folder: Path) -> list[str]:
             continue
         for name in names:
             if not (folder / name).is_file():
-                raise DamagedCheckpointError(f"{folder.name}: shard {name!r} of the index is missing")
+                raise DamagedCheckpointError(
+                    f"{folder.name}: shard {name!r} of the index is missing", "missing-shard"
+                )
             with (folder / name).open("rb") as stream:
                 if stream.read(len(_LFS)) == _LFS:
-                    raise DamagedCheckpointError(f"{folder.name}: {name!r} is a Git LFS pointer, not weights")
+                    raise DamagedCheckpointError(
+                        f"{folder.name}: {name!r} is a Git LFS pointer, not weights", "lfs-pointer"
+                    )
         return names
     raise DamagedCheckpointError(f"{folder.name}: no weights ({' or '.join(_SINGLES)})")
 

@@ -9,21 +9,23 @@ import hashlib
 import json
 import os
 import re
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 from storage.errors import UsageError
+from storage.keys import LFS_BYTES, LFS_SUFFIXES
 
-# The Hub keeps these, and whatever is larger than 10 MB, in LFS.
-_LFS_SUFFIXES = (".safetensors", ".bin")
-_LFS_BYTES = 10_000_000
 _CHUNK = 1 << 20
+# Smaller where the speed is limited, so that bytes come evenly.
+_SLOW_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ServedFile:
     @property
     def lfs(self) -> bool:
         """Whether the file is announced as kept in LFS."""
-        return self.name.endswith(_LFS_SUFFIXES) or self.size > _LFS_BYTES
+        return self.name.endswith(LFS_SUFFIXES) or self.size > LFS_BYTES
 
     def entry(self) -> dict[str, Any]:
         """The file as an entry of the tree listing."""
@@ -82,20 +84,35 @@ class Mirror(ThreadingHTTPServer):
         repos: repository ``OWNER/NAME`` -> folder whose subfolders are its branches.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
+        bytes_per_second: speed of all connections together, for files only; None does not limit it.
+
+    ``bytes_served`` counts the bytes of every file that went out, by its path.
 
     A branch's commit is a digest of its file names and contents: equal for equal contents wherever they are
     served, and another one as soon as a file changes. Every file is read once for this, when the mirror is
     made; later only files whose size or time changed are read again.
 
     Raises:
-        UsageError: a folder does not exist.
+        UsageError: a folder does not exist, or the speed is not above 0.
     """
 
     daemon_threads = True
     # The client downloads eight files at a time, and several workers may ask at once.
     request_queue_size = 128
 
-    def __init__(self, repos: Mapping[str, Path], host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        repos: Mapping[str, Path],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        bytes_per_second: float | None = None,
+    ) -> None:
+        if bytes_per_second is not None and not bytes_per_second > 0:
+            raise UsageError(f"{bytes_per_second} bytes per second is no speed above 0")
+        self.bytes_served: Counter[Path] = Counter()
+        self._speed = bytes_per_second
+        self._line = Lock()
+        self._free_at = 0.0
         self.repos = {name: Path(folder).resolve() for name, folder in repos.items()}
         for name, folder in self.repos.items():
             if not folder.is_dir():
@@ -125,6 +142,22 @@ class Mirror(ThreadingHTTPServer):
         half a body to ``request.wfile`` and sets ``request.close_connection``.
         """
         return False
+
+    def pace(self, path: Path, count: int) -> None:
+        """Count ``count`` bytes of a file as served, and wait until the limited speed has room for them."""
+        with self._line:
+            self.bytes_served[path] += count
+            if self._speed is None:
+                return
+            # One line for all connections: each takes its place behind the others.
+            self._free_at = max(self._free_at, time.monotonic()) + count / self._speed
+            wait = self._free_at - time.monotonic()
+        time.sleep(max(wait, 0.0))
+
+    @property
+    def chunk(self) -> int:
+        """Bytes of a file that are sent at a time."""
+        return _CHUNK if self._speed is None else _SLOW_CHUNK
 
     def branches(self, repo: str) -> dict[str, Branch]:
         """Branches of a repository by name, as its folder is now."""
@@ -234,7 +267,8 @@ class MirrorRequest(BaseHTTPRequestHandler):
         with path.open("rb") as stream:
             stream.seek(start)
             left = stop - start
-            while left > 0 and (chunk := stream.read(min(_CHUNK, left))):
+            while left > 0 and (chunk := stream.read(min(self.server.chunk, left))):
+                self.server.pace(path, len(chunk))
                 self.wfile.write(chunk)
                 left -= len(chunk)
         # A file that became shorter meanwhile must not leave the client waiting for the rest.

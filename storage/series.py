@@ -48,6 +48,9 @@ class Checkpoint(_Frozen):
     weights_sha256: str | None = None
     fingerprint: str | None = None
     dtype: str | None = None
+    config_digest: str | None = None
+    tokenizer_digest: str | None = None
+    text_bytes: int | None = None
 
     @property
     def label(self) -> str:
@@ -68,7 +71,8 @@ class Checkpoint(_Frozen):
 
     def described_as(self, known: "Checkpoint") -> "Checkpoint":
         """This checkpoint with the description of its weights taken from an earlier record of it."""
-        taken = ("commit", "bytes", "weights_sha256", "fingerprint", "dtype")
+        taken = ["commit", "files", "bytes", "weights_sha256", "fingerprint", "dtype"]
+        taken += ["config_digest", "tokenizer_digest", "text_bytes"]
         return self.model_copy(update={name: getattr(known, name) for name in taken})
 
 

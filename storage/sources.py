@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from storage import hub, local
 from storage.series import Checkpoint, DirSource, HubSource
@@ -30,17 +31,48 @@ def list_source(series: str, source: HubSource | DirSource, root: str) -> Listin
     return Listing(*local.list_folder(series, source, root))
 
 
-def describe(checkpoint: Checkpoint, known: Checkpoint | None = None) -> Checkpoint:
+def describe(checkpoint: Checkpoint, known: Checkpoint | None = None, hub_dtype: bool = False) -> Checkpoint:
     """Add weight files, sizes and digests, without downloading weights.
 
-    ``known`` is what the store has recorded of it; its digests and pinned commit are reused.
+    ``known`` is what the store has recorded of it; its digests and pinned commit are reused. ``hub_dtype``
+    reads dtypes on the Hub too (:func:`storage.hub.describe_hub`).
 
     Raises:
         HubError, DamagedCheckpointError: it cannot be described; the sentence says why.
     """
     if checkpoint.commit is not None:
-        return hub.describe_hub(checkpoint, known)
+        return hub.describe_hub(checkpoint, known, hub_dtype)
     return local.describe_folder(checkpoint, known)
+
+
+def folder_of(checkpoint: Checkpoint, scratch: Path) -> Path:
+    """Where a checkpoint is read from: its own folder, or the one in ``scratch`` that is downloaded to."""
+    return Path(checkpoint.location) if checkpoint.commit is None else hub.folder_of(checkpoint, scratch)
+
+
+def download_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes that :func:`download` takes on disk; 0 for a checkpoint that lies in a folder.
+
+    Raises:
+        HubError, DamagedCheckpointError: an undescribed checkpoint could not be looked up.
+    """
+    return 0 if checkpoint.commit is None else hub.download_bytes(checkpoint)
+
+
+def download(checkpoint: Checkpoint, folder: Path, stop: Event | None = None) -> None:
+    """Make ``folder`` hold the checkpoint, complete and verified; nothing to do for one in a folder.
+
+    Raises:
+        HubError: the Hub did not answer; the next call goes on where this one stopped.
+        DamagedCheckpointError: what the Hub serves is not what its metadata say.
+    """
+    if checkpoint.commit is not None:
+        hub.download(checkpoint, folder, stop)
+
+
+def evict(folder: Path) -> None:
+    """Delete a folder that :func:`download` made; any other is left alone."""
+    hub.evict(folder)
 
 
 @contextmanager
@@ -48,7 +80,7 @@ def fetched(checkpoint: Checkpoint, scratch: Path) -> Iterator[Path]:
     """The folder of a checkpoint: its own, or a download that is deleted afterwards.
 
     Raises:
-        HubError: the download failed.
+        HubError, DamagedCheckpointError: the download failed.
     """
     if checkpoint.commit is None:
         yield Path(checkpoint.location)
@@ -67,12 +99,15 @@ def recorded(store: Store, series: str) -> dict[tuple[str, str], Checkpoint]:
     fields = set(Checkpoint.model_fields)
     rows = store.table("checkpoints", series).to_pylist()
     return {
-        (row["run"], row["revision"]): Checkpoint(**{k: v for k, v in row.items() if k in fields})
+        (row["run"], row["revision"]): Checkpoint(
+            # An older row has no files: null, which is none of them.
+            **{k: v for k, v in row.items() if k in fields and (k, v) != ("files", None)}
+        )
         for row in rows
     }
 
 
 def record(store: Store, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's row of the catalogue."""
-    row = checkpoint.model_dump(exclude={"files"})
+    row = checkpoint.model_dump()
     store.write("checkpoints", [row], series=checkpoint.series, run=checkpoint.run, name=checkpoint.revision)

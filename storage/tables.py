@@ -35,6 +35,7 @@ def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
 
 
 _I32, _I64, _F64, _STR = pa.int32(), pa.int64(), pa.float64(), pa.string()
+_FILES = pa.list_(pa.struct([("name", _STR), ("bytes", _I64), ("sha256", _STR)]))
 _AT = pa.timestamp("us", tz="UTC")
 _STEP = ("step", _I64, "optimizer steps taken when the checkpoint was saved")
 _TOKENS = ("tokens", _I64, "training tokens seen; null where unknown")
@@ -58,6 +59,10 @@ _SPECS = (
             ("bytes", _I64, "size of the weight files in bytes"),
             ("fingerprint", _STR, "what tells that the digest still holds: commit, or sizes and times"),
             ("dtype", _STR, "dtype of most weights as stored; null where it is not known yet"),
+            ("files", _FILES, "weight files: name, size in bytes, SHA-256"),
+            ("config_digest", _STR, "git blob SHA-1 of config.json; null where there is none"),
+            ("tokenizer_digest", _STR, "digest of the tokenizer's files; null where there are none"),
+            ("text_bytes", _I64, "size of configuration and tokenizer files; null for folders"),
             _RECORDED,
         ),
         newest_by=("series", "run", "step", "stage"),
@@ -70,6 +75,7 @@ _SPECS = (
             ("kind", _STR, "what was found, one of the kinds listed in docs/audit.md"),
             ("severity", _STR, "error, warning or note; an error excludes the checkpoint from measuring"),
             ("detail", _STR, "one sentence with the values"),
+            ("revision", _STR, "branch or folder the finding is about; null when it is about the run"),
             _RECORDED,
         ),
     ),

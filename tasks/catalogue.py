@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from storage.audit import Finding, audit, changed
+from storage.audit import AuditConfig, Finding, audit, changed, undescribed
 from storage.errors import OntogenyError
 from storage.series import Checkpoint, DirSource, HubSource, StepSelection
 from storage.sources import describe, list_source, record, recorded
@@ -18,17 +18,24 @@ class Catalogue:
     findings: list[Finding] = field(default_factory=list)
 
     @property
+    def reasons(self) -> dict[str, str]:
+        """Labels of the checkpoints that an error excludes from measuring, with the error.
+
+        By label, because stages of a run may have steps of the same number.
+        """
+        return {f"{f.run}/{f.revision}": f.detail for f in self.findings if f.severity == "error"}
+
+    @property
     def excluded(self) -> dict[tuple[str, int], str]:
-        """(run, step) of the checkpoints that an error excludes from measuring, with the error."""
-        return {
-            (f.run, f.step): f.detail for f in self.findings if f.severity == "error" and f.step is not None
-        }
+        """The same by (run, step)."""
+        reasons = self.reasons
+        return {(c.run, c.step): reasons[c.label] for c in self.checkpoints if c.label in reasons}
 
     @property
     def sound(self) -> list[Checkpoint]:
         """Checkpoints that may be measured."""
-        excluded = self.excluded
-        return [c for c in self.checkpoints if (c.run, c.step) not in excluded]
+        reasons = self.reasons
+        return [c for c in self.checkpoints if c.label not in reasons]
 
 
 def catalogue(
@@ -37,6 +44,7 @@ def catalogue(
     source: HubSource | DirSource,
     steps: str | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    config: AuditConfig | None = None,
 ) -> Catalogue:
     """List the series, describe the chosen checkpoints, audit them, and write both tables.
 
@@ -50,15 +58,16 @@ def catalogue(
     chosen = listing.checkpoints
     if steps is not None:
         chosen = StepSelection.parse(steps).select(chosen)
+    config = config or AuditConfig()
     known = recorded(store, series)
     result = Catalogue()
     for number, checkpoint in enumerate(chosen):
         progress(number, len(chosen))
         before = known.get((checkpoint.run, checkpoint.revision))
         try:
-            described = describe(checkpoint, before)
+            described = describe(checkpoint, before, config.hub_dtype)
         except OntogenyError as error:
-            result.findings.append(Finding(checkpoint.run, checkpoint.step, "damaged", "error", str(error)))
+            result.findings.append(undescribed(checkpoint, error.kind, str(error)))
             result.checkpoints.append(checkpoint)
             continue
         result.findings += changed(described, before)
@@ -66,7 +75,9 @@ def catalogue(
         if described != before:
             record(store, described)
     progress(len(chosen), len(chosen))
-    result.findings += audit(result.checkpoints, listing.unparsed, listing.checkpoints)
+    listed = {c.label for c in listing.checkpoints}
+    others = [c for c in known.values() if c.label in listed]
+    result.findings += audit(result.checkpoints, listing.unparsed, listing.checkpoints, config, others)
     for run in sorted({c.run for c in result.checkpoints}):
         rows = [f.row() for f in result.findings if f.run == run]
         store.write("findings", rows, series=series, run=run, name="audit")

@@ -1,10 +1,7 @@
 """Hub sources through the mirror, with huggingface_hub's own client in processes of its own."""
 
 import hashlib
-import random
 import shutil
-import socket
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ from storage_support import AskHub, WriteCheckpoint
 
 from storage.keys import weights_sha256
 from storage.local import describe_folder
-from storage.mirror import Mirror, MirrorRequest, repositories
+from storage.mirror import Mirror, repositories
 from storage.series import Checkpoint
 
 COMMON = """
@@ -49,10 +46,10 @@ for checkpoint in found:
         described[checkpoint.label] = str(error)
 sharded = {c.label: c for c in found}["seed0/step2"]
 with hub.fetched_hub(sharded, scratch) as folder:
-    fetched = {f.name: f.read_bytes().hex() for f in folder.iterdir() if f.is_file()}
+    fetched = {f.name: f.read_bytes().hex() for f in folder.iterdir() if f.name[0] != "."}
     where = str(folder)
 texts = hub.fetch_texts(sharded, scratch)
-known = hub.describe_hub(sharded).model_copy(update={"commit": "pinned", "tokens": None, "files": ()})
+known = hub.describe_hub(sharded).model_copy(update={"commit": "pinned", "tokens": None})
 print(json.dumps({
     "found": [c.model_dump(mode="json") for c in found],
     "unparsed": unparsed,
@@ -60,7 +57,7 @@ print(json.dumps({
     "fetched": fetched,
     "where": where,
     "left": sorted(f.name for f in (scratch / "tiny").rglob("*") if f.is_file()),
-    "texts": sorted(f.name for f in texts.iterdir() if f.is_file()),
+    "texts": sorted(f.name for f in texts.iterdir() if f.name[0] != "."),
     "again": hub.describe_hub(sharded, known).model_dump(mode="json"),
     "no repository": sentence(lambda: listed(HubSource(repos={"a": "specimen/none"}))),
     "no branch": sentence(lambda: listed(HubSource(repos={"a": "specimen/seed0"}, pattern="x(?P<step>1)"))),
@@ -123,6 +120,11 @@ def test_descriptions_equal_those_of_the_folder(visit: dict[str, Any], folder: P
     assert (seen["bytes"], seen["weights_sha256"]) == (local.bytes, local.weights_sha256)
     assert seen["files"] == [file.model_dump() for file in local.files]
     assert seen["fingerprint"] == seen["commit"]
+    digests = (local.config_digest, local.tokenizer_digest)
+    assert (seen["config_digest"], seen["tokenizer_digest"]) == digests
+    assert None not in digests
+    texts = [f for f in (folder / name).iterdir() if f.suffix == ".json"]
+    assert seen["text_bytes"] == sum(f.stat().st_size for f in texts)
 
 
 def test_damage_is_named_and_excludes_nothing_else(visit: dict[str, Any]) -> None:
@@ -141,7 +143,7 @@ def test_a_fetched_checkpoint_is_complete_and_evicted_afterwards(visit: dict[str
 
 
 def test_texts_come_without_weights(visit: dict[str, Any]) -> None:
-    expected = [".complete", "config.json", "model.safetensors.index.json", "tokenizer.json"]
+    expected = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
     assert visit["texts"] == expected
 
 
@@ -152,123 +154,33 @@ def test_a_recorded_checkpoint_stays_pinned(visit: dict[str, Any]) -> None:
 
 
 def test_unknown_repositories_and_patterns_are_usage_errors(visit: dict[str, Any]) -> None:
-    expected = "repository 'specimen/none' does not exist on the Hub, or is not yours to read"
+    expected = (
+        "repository 'specimen/none' cannot be listed: "
+        "the repository does not exist, or is not yours to read (HF_TOKEN)"
+    )
     assert visit["no repository"] == ["UsageError", expected]
     expected = "repository 'specimen/seed0' has no branch of the form 'x(?P<step>1)'"
     assert visit["no branch"] == ["UsageError", expected]
 
 
-class Unreliable(Mirror):
-    """Refuses, cuts connections and lies; each fault has its branch or repository."""
-
-    def __init__(self, repos: dict[str, Path]) -> None:
-        self.seen: Counter[str] = Counter()
-        super().__init__(repos)
-
-    def intercept(self, request: MirrorRequest, method: str, path: str) -> bool:
-        if path == "/api/models/specimen/limited/refs":
-            request.answer(429, headers={"Retry-After": "60"})
-            return True
-        if path.startswith("/api/models/specimen/pointer/tree/"):
-            entry = {"type": "file", "path": "model.safetensors", "size": 134, "oid": "0" * 40}
-            request.answer(200, [entry])
-            return True
-        if method == "GET" and path.startswith("/specimen/cut/resolve/") and path.endswith(".safetensors"):
-            self.seen[request.headers.get("Range", "whole")] += 1
-            if self.seen.total() == 1:
-                return self.half(request, path)
-        return False
-
-    def half(self, request: MirrorRequest, path: str) -> bool:
-        branch = self.find("specimen/cut", path.split("/")[4])
-        assert branch is not None
-        data = branch.files["model.safetensors"].path.read_bytes()
-        request.send_response(200)
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        request.wfile.write(data[: len(data) // 2])
-        request.close_connection = True
-        return True
-
-
-FAULTS = (
-    COMMON
-    + """
-def source(name):
-    return HubSource(repos={"seed0": f"specimen/{name}"})
-
-def first(name):
-    return listed(source(name))["seed0/step0"]
-
-def missing():
-    with hub.fetched_hub(first("gone").model_copy(update={"commit": "0" * 40}), Path(sys.argv[1])):
-        raise AssertionError("there is no such commit")
-
-with hub.fetched_hub(first("cut"), Path(sys.argv[1])) as folder:
-    weights = file_sha256(folder / "model.safetensors")
-print(json.dumps({
-    "limited": sentence(lambda: listed(source("limited"))),
-    "pointer": sentence(lambda: hub.describe_hub(first("pointer"))),
-    "no commit": sentence(missing),
-    "cut": weights,
-}))
+CLIENT = """
+import json, sys
+import huggingface_hub as hf
+refs = hf.HfApi().list_repo_refs("specimen/seed0").branches
+commit = {b.name: b.target_commit for b in refs}["step2"]
+tree = list(hf.HfApi().list_repo_tree("specimen/seed0", revision=commit))
+folder = hf.snapshot_download("specimen/seed0", revision="step2", local_dir=sys.argv[1])
+print(json.dumps({"branches": [b.name for b in refs], "tree": {f.path: f.size for f in tree}}))
 """
-)
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """More than the 10 MiB that the client writes at a time."""
-    return random.Random(0).randbytes(24 << 20)
-
-
-@pytest.fixture(scope="module")
-def faults(
-    folder: Path, large: bytes, ask_hub: AskHub, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    cut = tmp_path_factory.mktemp("large")
-    (cut / "step0").mkdir()
-    (cut / "step0" / "model.safetensors").write_bytes(large)
-    names = ("limited", "pointer", "gone")
-    with Unreliable(
-        {f"specimen/{name}": folder / "seed0" for name in names} | {"specimen/cut": cut}
-    ) as mirror:
-        result: dict[str, Any] = ask_hub(mirror.url, FAULTS, str(tmp_path_factory.mktemp("scratch")))
-        result["ranges"] = mirror.seen
-    return result
-
-
-def test_a_refusal_says_what_was_asked(faults: dict[str, Any]) -> None:
-    kind, text = faults["limited"]
-    assert kind == "HubError"
-    assert text.startswith("specimen/limited: the Hub did not list branches: ")
-    assert "429" in text
-
-
-def test_weights_outside_lfs_are_no_weights(faults: dict[str, Any]) -> None:
-    expected = "seed0/step0: 'model.safetensors' is not kept in LFS, so it is no weights file"
-    assert faults["pointer"] == ["HubError", expected]
-
-
-def test_a_commit_that_is_gone_is_named(faults: dict[str, Any]) -> None:
-    kind, text = faults["no commit"]
-    assert kind == "HubError"
-    assert text.startswith("seed0/step0: the Hub did not list files: ")
-
-
-def test_a_cut_download_is_resumed_where_it_broke(faults: dict[str, Any], large: bytes) -> None:
-    assert faults["cut"] == hashlib.sha256(large).hexdigest()
-    assert faults["ranges"] == {"whole": 1, f"bytes={10 << 20}-": 1}
-
-
-def test_an_unreachable_hub_is_one_sentence(ask_hub: AskHub) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        code = COMMON + "print(json.dumps(sentence(listed)))"
-        kind, text = ask_hub(url, code)
-    assert kind == "HubError"
-    assert text.startswith("specimen/seed0: the Hub did not list branches: ")
+def test_the_hubs_own_client_is_served(folder: Path, ask_hub: AskHub, tmp_path: Path) -> None:
+    with Mirror(repositories(folder, "specimen")) as mirror:
+        seen = ask_hub(mirror.url, CLIENT, str(tmp_path))
+    served = {f.name: f.read_bytes() for f in (folder / "seed0" / "step2").iterdir()}
+    assert seen["branches"] == ["main", "step0", "step10", "step2"]
+    assert seen["tree"] == {name: len(data) for name, data in served.items()}
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == served
 
 
 def test_a_changed_branch_gets_another_commit_and_the_old_one_is_gone(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_unchanged_weights_are_not_read_again(
     tmp_path: Path, write_checkpoint: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_checkpoint(tmp_path / "step1", shards=3)
-    known = describe_folder(at(folder)).model_copy(update={"files": ()})
+    known = describe_folder(at(folder))
     monkeypatch.setattr(local, "file_sha256", lambda path: pytest.fail(f"{path} was read again"))
     assert describe_folder(at(folder), known) == known
     # What listing says now counts, not what it said then.
@@ -220,3 +221,42 @@ def test_damage_is_named(
     with pytest.raises(DamagedCheckpointError) as raised:
         describe_folder(at(folder))
     assert str(raised.value) == message.format(short=size - 1, size=size)
+
+
+# --- configuration and tokenizer ---
+
+
+def test_configuration_and_tokenizer_have_the_digests_of_the_hub(
+    tmp_path: Path, write_checkpoint: WriteCheckpoint
+) -> None:
+    folder = write_checkpoint(tmp_path / "step1")
+    before = describe_folder(at(folder))
+    # As `git hash-object` says of these contents.
+    assert before.config_digest == hashlib.sha1(b'blob 26\0{"model_type": "gpt_neox"}').hexdigest()
+    assert before.tokenizer_digest == hashlib.sha1(b'blob 13\0{"model": {}}').hexdigest()
+
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "tokenizer.json").unlink()
+    without = describe_folder(at(folder), before)
+    assert without.weights_sha256 == before.weights_sha256
+    assert without.config_digest != before.config_digest
+    assert without.tokenizer_digest is None
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("a b")
+    merges, vocab = (hashlib.sha1(b).hexdigest() for b in (b"blob 3\0a b", b"blob 2\0{}"))
+    expected = hashlib.sha1(f"merges.txt {merges}\nvocab.json {vocab}\n".encode()).hexdigest()
+    assert describe_folder(at(folder), without).tokenizer_digest == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [(_no_weights, "damaged"), (_missing_shard, "missing-shard"), (_pointer, "lfs-pointer")],
+)
+def test_damage_has_a_kind_of_finding(
+    tmp_path: Path, write_checkpoint: WriteCheckpoint, damage: Callable[[Path], None], kind: str
+) -> None:
+    folder = write_checkpoint(tmp_path / "step1", shards=2)
+    damage(folder)
+    with pytest.raises(DamagedCheckpointError) as raised:
+        describe_folder(at(folder))
+    assert raised.value.kind == kind

@@ -3,7 +3,9 @@ import http.client
 import json
 import shutil
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +222,26 @@ def test_loopback_only_and_closed_at_the_end(folder: Path) -> None:
         assert server.url == f"http://127.0.0.1:{server.server_port}"
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", server.server_port)):
         pass
+
+
+# --- speed ---
+
+
+def test_a_limited_speed_is_that_of_all_connections_together(folder: Path) -> None:
+    data = b"x" * 150_000
+    (folder / "seed0" / "step0" / "large.bin").write_bytes(data)
+    with Mirror(repositories(folder, "specimen"), bytes_per_second=500_000) as server:
+        begun = time.monotonic()
+        with ThreadPoolExecutor(3) as pool:
+            bodies = list(
+                pool.map(lambda _: get(server, "/specimen/seed0/resolve/step0/large.bin").body, range(3))
+            )
+        assert bodies == [data] * 3
+        # 450 kB at 500 kB/s: .9 s, of which the last piece may have gone out early.
+        assert 0.8 < time.monotonic() - begun < 5
+        assert server.bytes_served == {folder / "seed0" / "step0" / "large.bin": 450_000}
+    with pytest.raises(UsageError, match="0 bytes per second is no speed above 0"):
+        Mirror(repositories(folder, "specimen"), bytes_per_second=0)
 
 
 # --- misbehaving ---

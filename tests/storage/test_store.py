@@ -339,6 +339,8 @@ def test_column_names(place: tuple[Any, ...], name: str) -> None:
 def _example(kind: pa.DataType) -> Any:
     if pa.types.is_list(kind):
         return [_example(kind.value_type)] * 2
+    if pa.types.is_struct(kind):
+        return {field.name: _example(field.type) for field in kind}
     if pa.types.is_string(kind):
         return "text"
     if pa.types.is_boolean(kind):
