@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from analyzers.adapters import Adapter, Family, family_of
+from analyzers.adapters import Adapter
+from analyzers.families import Family, family_of
 from storage.errors import UsageError
 from storage.keys import digest, file_sha256
 from storage.local import DamagedCheckpointError, safetensors_header, weight_names
