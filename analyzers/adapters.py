@@ -44,7 +44,8 @@ class Model:
         blocks: the blocks in order.
         embedding: its output enters the first block.
         final_norm: its output enters the unembedding.
-        logits: its output are the logits ``[batch, time, vocabulary]``; ``model`` itself if that returns them.
+        logits: its output are the logits ``[batch, time, vocabulary]``; ``model`` itself if it
+            returns them.
         width: channels of the residual stream.
         matrices: a function that yields (site, layer, matrix ``[out, in]``) of every matrix to measure; sites
             are ``attention.query``, ``.key``, ``.value``, ``.output``, ``mlp.up``, ``.down``, ``.gate``, or

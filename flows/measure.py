@@ -10,6 +10,7 @@ from flows.progress import bars
 from storage.series import Checkpoint
 from storage.store import Store
 from tasks.catalogue import Catalogue, catalogue
+from tasks.loader import find_loader
 from tasks.measure import MeasureJob, Plan, measure_checkpoint, plan, record_failure, show_newest
 from tasks.models import choose_device
 from tasks.provenance import invocation
@@ -46,6 +47,7 @@ def job_of(config: SeriesConfig, root: str) -> MeasureJob:
         dtype=config.measure.dtype,
         device=config.measure.device,
         batch=config.measure.batch,
+        loader=config.source.loader,
     )
 
 
@@ -87,6 +89,8 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
     """
     store = Store(root)
     choose_device(config.measure.device)
+    if config.source.loader is not None:
+        find_loader(config.source.loader)  # a name that is wrong is said once, before anything is listed
     summary = MeasureSummary()
     with invocation(store, config.name, "measure", config.model_dump(mode="json")) as counts:
         found = list_catalogue(config, root)

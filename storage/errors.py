@@ -7,3 +7,7 @@ class OntogenyError(Exception):
 
 class UsageError(OntogenyError):
     """Bad usage or configuration: the sentence names the offending value; exit code 2."""
+
+
+class LoaderError(OntogenyError):
+    """A person's own loader failed on a checkpoint; the sentence names module and function."""

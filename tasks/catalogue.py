@@ -51,12 +51,13 @@ def catalogue(
     if steps is not None:
         chosen = StepSelection.parse(steps).select(chosen)
     known = recorded(store, series)
+    weights = source.weights if isinstance(source, DirSource) else None
     result = Catalogue()
     for number, checkpoint in enumerate(chosen):
         progress(number, len(chosen))
         before = known.get((checkpoint.run, checkpoint.revision))
         try:
-            described = describe(checkpoint, before)
+            described = describe(checkpoint, before, weights)
         except OntogenyError as error:
             result.findings.append(Finding(checkpoint.run, checkpoint.step, "damaged", "error", str(error)))
             result.checkpoints.append(checkpoint)

@@ -337,7 +337,7 @@ def test_an_unknown_family_is_named_with_what_to_write(model_type: str) -> None:
     with pytest.raises(UnknownFamilyError) as caught:
         family_of(model_type)
     assert str(caught.value) == (
-        f"model type {model_type!r} has no adapter (known: gpt_neox, gpt2, llama, mistral, olmo, olmo2, olmo3, "
-        "qwen2, qwen3); add a Family to analyzers/families.py, or load it with source.loader "
+        f"model type {model_type!r} has no adapter (known: gpt_neox, gpt2, llama, mistral, olmo, olmo2, "
+        "olmo3, qwen2, qwen3); add a Family to analyzers/families.py, or load it with source.loader "
         "(docs/own_models.md)"
     )
