@@ -14,6 +14,7 @@ from tasks.loader import find_loader
 from tasks.measure import MeasureJob, Plan, measure_checkpoint, plan, record_failure, show_newest
 from tasks.models import choose_device
 from tasks.provenance import invocation
+from tasks.training_log import record_training_logs
 
 
 class MeasureSummary(BaseModel):
@@ -94,6 +95,7 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
     summary = MeasureSummary()
     with invocation(store, config.name, "measure", config.model_dump(mode="json")) as counts:
         found = list_catalogue(config, root)
+        counts["training_log_rows"] = record_training_logs(store, config.name, config.source)
         summary.checkpoints = len(found.checkpoints)
         for finding in found.findings:
             summary.findings[finding.severity] = summary.findings.get(finding.severity, 0) + 1
