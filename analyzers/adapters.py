@@ -1,166 +1,162 @@
-"""Where things are in a model: residual stream, branches, norms and weight matrices, per family.
+"""Where things are in a model: residual stream, branches, norms and weight matrices.
 
-One :class:`Family` per architecture of transformers. A family is data: paths of modules, and patterns of
-parameter names, which serve models in memory and safetensors files alike.
+:class:`Model` is what the runner and the analyzers see of any model. An :class:`Adapter` makes it of a model
+of transformers whose family is known; for other models a person's own function does (docs/own_models.md).
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Int64
 from torch import Tensor, nn
 
-LayerConfig = Mapping[str, Any]
+from analyzers.families import family_of
 
 
-class UnknownFamilyError(LookupError):
-    """No adapter knows this architecture."""
-
-
-def split_interleaved_qkv(
-    fused: Float[Tensor, "three_width *input"], config: LayerConfig
-) -> dict[str, Tensor]:
-    """GPT-NeoX's fused projection into query, key and value: rows lie head by head as (q, k, v)."""
-    heads = int(config["num_attention_heads"])
-    parts = fused.reshape(heads, 3, -1, *fused.shape[1:])
-    names = ("attention.query", "attention.key", "attention.value")
-    return {name: parts[:, i].flatten(0, 1) for i, name in enumerate(names)}
+def _nothing() -> Iterator[Any]:
+    return iter(())
 
 
 @dataclass(frozen=True)
-class Family:
-    """One architecture.
+class Block:
+    """One block of a model, as modules whose outputs are what a site names.
 
-    ``attn_out`` and ``mlp_out`` are the modules of a block whose outputs are added to the residual stream.
-    ``matrices`` maps a parameter's name inside its block, without ``.weight``, to a site.
-    ``fused`` names the parameter that holds Q, K and V together and the function that parts it.
+    ``output`` gives the residual stream after the block. ``attn_out`` and ``mlp_out`` give what the branches
+    add to it: after a norm where the branch ends with one; None where the block has no such branch. Outputs
+    are ``[batch, time, width]``, or a tuple that begins with that.
     """
 
-    model_type: str
-    trunk: str
-    blocks: str
-    final_norm: str
-    attn_out: str
-    mlp_out: str
-    matrices: Mapping[str, str]
-    fused: tuple[str, Callable[[Tensor, LayerConfig], dict[str, Tensor]]] | None = None
-
-    def place(self, parameter: str) -> tuple[int, str, str] | None:
-        """(layer, name inside the block, ``weight`` or ``bias``) of a block's parameter; else None.
-
-        The trunk's own prefix is optional: files of headless models lack it.
-        """
-        trunk, blocks = re.escape(self.trunk), re.escape(self.blocks)
-        match = re.fullmatch(rf"(?:{trunk}\.)?{blocks}\.(\d+)\.(.+)\.(weight|bias)", parameter)
-        if match is None:
-            return None
-        layer, inner, kind = match.groups()
-        if inner not in self.matrices and (self.fused is None or inner != self.fused[0]):
-            return None
-        return int(layer), inner, kind
-
-    def parts(self, parameter: str, tensor: Tensor, config: LayerConfig) -> Iterator[tuple[str, int, Tensor]]:
-        """(site, layer, matrix) of a weight parameter; nothing for parameters that are not measured."""
-        place = self.place(parameter)
-        if place is None or place[2] != "weight":
-            return
-        layer, inner, _ = place
-        if self.fused is not None and inner == self.fused[0]:
-            for site, part in self.fused[1](tensor, config).items():
-                yield site, layer, part
-        else:
-            yield self.matrices[inner], layer, tensor
+    output: nn.Module
+    attn_out: nn.Module | None = None
+    mlp_out: nn.Module | None = None
 
 
-_LLAMA_MATRICES = {
-    "self_attn.q_proj": "attention.query",
-    "self_attn.k_proj": "attention.key",
-    "self_attn.v_proj": "attention.value",
-    "self_attn.o_proj": "attention.output",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
-}
+@dataclass(eq=False)
+class Model:
+    """A model, and where things are in it.
 
+    Every place is a module of ``model`` whose output is what the place is named after, and which runs once
+    in a forward pass. Where no module gives it, put an ``nn.Identity`` there: it changes no state dict.
 
-def _llama_like(
-    model_type: str, attn_out: str = "self_attn.o_proj", mlp_out: str = "mlp.down_proj"
-) -> Family:
-    return Family(
-        model_type=model_type,
-        trunk="model",
-        blocks="layers",
-        final_norm="norm",
-        attn_out=attn_out,
-        mlp_out=mlp_out,
-        matrices=_LLAMA_MATRICES,
-    )
-
-
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(
-            model_type="gpt_neox",
-            trunk="gpt_neox",
-            blocks="layers",
-            final_norm="final_layer_norm",
-            attn_out="attention.dense",
-            mlp_out="mlp.dense_4h_to_h",
-            matrices={
-                "attention.dense": "attention.output",
-                "mlp.dense_h_to_4h": "mlp.up",
-                "mlp.dense_4h_to_h": "mlp.down",
-            },
-            fused=("attention.query_key_value", split_interleaved_qkv),
-        ),
-        _llama_like("llama"),
-        _llama_like("olmo"),
-        # OLMo 2 normalises a branch before it is added.
-        _llama_like("olmo2", "post_attention_layernorm", "post_feedforward_layernorm"),
-    )
-}
-
-
-def family_of(model_type: str) -> Family:
-    """The family of a configuration's ``model_type``.
+    Args:
+        model: called with token ids ``[batch, time]`` (int64), in inference mode.
+        blocks: the blocks in order.
+        embedding: its output enters the first block.
+        final_norm: its output enters the unembedding.
+        logits: its output are the logits ``[batch, time, vocabulary]``; ``model`` itself if it
+            returns them.
+        width: channels of the residual stream.
+        matrices: a function that yields (site, layer, matrix ``[out, in]``) of every matrix to measure; sites
+            are ``attention.query``, ``.key``, ``.value``, ``.output``, ``mlp.up``, ``.down``, ``.gate``, or
+            names of your own.
+        biases: a function that yields the bias vectors of those matrices.
+        trunk: the part of ``model`` that ends with ``final_norm``, called alone where no analyzer reads
+            logits; None: ``model`` is called.
+        keywords: keyword arguments of every call.
 
     Raises:
-        UnknownFamilyError: none is known; the sentence names those that are, and what to write.
+        ValueError: there is no block, or a place is no module of ``model``.
     """
-    if model_type not in FAMILIES:
-        raise UnknownFamilyError(
-            f"model type {model_type!r} has no adapter (known: {', '.join(FAMILIES)}); "
-            "add a Family to analyzers/adapters.py"
+
+    model: Any
+    blocks: Sequence[Block]
+    embedding: nn.Module
+    final_norm: nn.Module
+    logits: nn.Module
+    width: int
+    matrices: Callable[[], Iterator[tuple[str, int, Tensor]]] = _nothing
+    biases: Callable[[], Iterator[Tensor]] = _nothing
+    trunk: nn.Module | None = None
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    layers: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("the model has no blocks")
+        self.layers = len(self.blocks)
+        members = set(self.model.modules())
+        for name, module in self._places():
+            if module is not None and module not in members:
+                raise ValueError(f"{name} is no module of the model, so its output cannot be seen")
+
+    def _places(self) -> Iterable[tuple[str, nn.Module | None]]:
+        yield from (
+            ("embedding", self.embedding),
+            ("final_norm", self.final_norm),
+            ("logits", self.logits),
+            ("trunk", self.trunk),
         )
-    return FAMILIES[model_type]
+        for layer, block in enumerate(self.blocks):
+            for name in ("output", "attn_out", "mlp_out"):
+                yield f"{name} of block {layer}", getattr(block, name)
 
-
-class Adapter:
-    """A model together with its family: sites by name."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        config = self.model.config
-        self.family = family_of(config.model_type)
-        self.trunk: nn.Module = model.get_submodule(self.family.trunk)
-        self.layers = int(config.num_hidden_layers)
-        self.width = int(config.hidden_size)
+    def run(self, tokens: Int64[Tensor, "batch time"], *, logits: bool) -> None:
+        """Call the model, or its trunk if nobody reads the logits; hooks take what they need."""
+        part = self.model if logits or self.trunk is None else self.trunk
+        part(tokens, **self.keywords)
 
     def module(self, site: str, layer: int | None = None) -> nn.Module:
         """The module whose output is the site.
 
+        Sites are ``embedding``, ``final_norm`` and ``logits`` without a layer, and ``resid_post``,
+        ``attn_out`` and ``mlp_out`` with one.
+
         Raises:
             KeyError: there is no such site.
         """
+        places: dict[str, nn.Module | None]
         if layer is None:
-            if site == "final_norm":
-                return self.trunk.get_submodule(self.family.final_norm)
-            ends = {"embedding": self.model.get_input_embeddings, "logits": self.model.get_output_embeddings}
-            end: nn.Module = ends[site]()
-            return end
-        inside = {"resid_post": "", "attn_out": self.family.attn_out, "mlp_out": self.family.mlp_out}
-        block = self.trunk.get_submodule(f"{self.family.blocks}.{layer}")
-        return block.get_submodule(inside[site])
+            places = {"embedding": self.embedding, "final_norm": self.final_norm, "logits": self.logits}
+        else:
+            block = self.blocks[layer]
+            places = {"resid_post": block.output, "attn_out": block.attn_out, "mlp_out": block.mlp_out}
+        found = places.get(site)
+        if found is None:
+            where = "" if layer is None else f" in block {layer}"
+            raise KeyError(f"the model has no site {site!r}{where}")
+        return found
+
+
+class Adapter(Model):
+    """A causal language model of transformers together with its family.
+
+    Raises:
+        UnknownFamilyError: no family is known for its ``model_type``.
+    """
+
+    trunk: nn.Module
+
+    def __init__(self, model: Any) -> None:
+        self.family = family_of(model.config.model_type)
+        trunk: nn.Module = model.get_submodule(self.family.trunk)
+        blocks = trunk.get_submodule(self.family.blocks)
+        super().__init__(
+            model=model,
+            blocks=[
+                Block(
+                    block,
+                    block.get_submodule(self.family.attn_out),
+                    block.get_submodule(self.family.mlp_out),
+                )
+                for block in blocks.children()
+            ],
+            embedding=trunk.get_submodule(self.family.embedding),
+            final_norm=trunk.get_submodule(self.family.final_norm),
+            logits=model.get_output_embeddings(),
+            width=int(model.config.hidden_size),
+            matrices=self._matrices,
+            biases=self._biases,
+            trunk=trunk,
+            keywords={"use_cache": False},
+        )
+
+    def _matrices(self) -> Iterator[tuple[str, int, Tensor]]:
+        config = self.model.config.to_dict()
+        for name, tensor in self.model.named_parameters():
+            yield from self.family.parts(name, tensor.detach(), config)
+
+    def _biases(self) -> Iterator[Tensor]:
+        for name, tensor in self.model.named_parameters():
+            if self.family.bias(name):
+                yield tensor.detach()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from analyzers.latent import StateSettings
 from analyzers.registry import UnknownAnalyzerError, find
+from storage.audit import AuditConfig
 from storage.errors import UsageError
 from storage.keys import check_name
 from storage.probe import ProbeConfig
@@ -120,6 +121,7 @@ class SeriesConfig(_Section):
     name: Annotated[str, Field(description="name of the series in the tables")]
     title: Annotated[str, Field(description="one line about the series")] = ""
     source: Annotated[Source, Field(description="where the checkpoints are")]
+    audit: AuditConfig = AuditConfig()
     probe: ProbeConfig = ProbeConfig()
     measure: MeasureConfig = MeasureConfig()
     states: StatesConfig = StatesConfig()
@@ -214,7 +216,7 @@ def resolve(series: str, overrides: Mapping[str, Any] | None = None) -> SeriesCo
         return from_toml(tomli_w.dumps(data), series, overrides)
     if series.startswith("dir:"):
         path = Path(series[4:]).expanduser()
-        data = {"name": path.resolve().name, "source": {"kind": "dir", "path": str(path)}}
+        data = {"name": _folder_name(path), "source": {"kind": "dir", "path": str(path)}}
         return from_toml(tomli_w.dumps(data), series, overrides)
     file = Path(series)
     if file.suffix != ".toml":
@@ -227,6 +229,14 @@ def resolve(series: str, overrides: Mapping[str, Any] | None = None) -> SeriesCo
     if not file.is_file():
         raise UsageError(f"series file {series!r} does not exist")
     return from_toml(file.read_text(encoding="utf-8"), file.name, overrides)
+
+
+def _folder_name(path: Path) -> str:
+    """Name of a folder, or of the last one before the first wildcard: ``runs`` of ``runs/*/checkpoints``."""
+    wild = [number for number, part in enumerate(path.parts) if set(part) & set("*?[")]
+    if wild and not path.is_dir():
+        path = Path(*path.parts[: wild[0]])
+    return path.resolve().name
 
 
 def shipped() -> list[str]:

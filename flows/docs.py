@@ -20,6 +20,7 @@ from flows.config import SeriesConfig
 from storage.audit import KINDS
 from storage.tables import SCHEMA_VERSION, TABLES
 from tasks.specimen.config import SpecimenConfig
+from tasks.training_log import KNOWN, LOG, OTHER_STEPS, STATE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _GENERATED = "<!-- Written by `make docs` from the code; edit the code instead. -->\n"
@@ -51,7 +52,29 @@ def metrics_page() -> str:
             cells = (f"`{m.name}`", m.formula, m.unit, m.range, m.reference)
             lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_training_log()])
+
+
+def _training_log() -> list[str]:
+    """Metrics that no analyzer measures: the training wrote them down."""
+    return [
+        "## training_log (no analyzer)",
+        "",
+        f"What the training of a local run logged: `RUN/{LOG}` (JSON lines with `step`), else the",
+        f"`{STATE}` of a Trainer's last checkpoint or of the run's folder. Any other number `x` of a log is",
+        f"stored as `train_x`. Kept are the steps of checkpoints and, per metric, at most {OTHER_STEPS}",
+        "others, evenly spaced; the report shows those of measured checkpoints. Of several entries about one",
+        "step the last counts (a resumed run). NaN and Infinity are null with a note. Speeds and a Trainer's",
+        "closing summary are left out; `n` is null.",
+        "",
+        "| metric | formula | unit | range | reference |",
+        "|---|---|---|---|---|",
+        *(
+            f"| `{metric}` | {_cell(meaning)} | {unit} | as logged | {' or '.join(names)} in the log |"
+            for metric, (names, meaning, unit) in KNOWN.items()
+        ),
+        "",
+    ]
 
 
 def commands_page() -> str:

@@ -11,6 +11,7 @@ from storage.series import Checkpoint
 from storage.store import Store
 from storage.window import Arrival, Window
 from tasks.catalogue import Catalogue, catalogue
+from tasks.loader import find_loader
 from tasks.measure import (
     MeasureJob,
     Plan,
@@ -22,6 +23,7 @@ from tasks.measure import (
 )
 from tasks.models import choose_device
 from tasks.provenance import invocation
+from tasks.training_log import record_training_logs
 
 
 class MeasureSummary(BaseModel):
@@ -55,6 +57,7 @@ def job_of(config: SeriesConfig, root: str) -> MeasureJob:
         dtype=config.measure.dtype,
         device=config.measure.device,
         batch=config.measure.batch,
+        loader=config.source.loader,
     )
 
 
@@ -68,6 +71,7 @@ def list_catalogue(config: SeriesConfig, root: str) -> Catalogue:
             config.source,
             config.measure.steps,
             lambda done, total: progress.update(bar, completed=done, total=total),
+            config.audit,
         )
 
 
@@ -96,9 +100,12 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
     """
     store = Store(root)
     choose_device(config.measure.device)
+    if config.source.loader is not None:
+        find_loader(config.source.loader)  # a name that is wrong is said once, before anything is listed
     summary = MeasureSummary()
     with invocation(store, config.name, "measure", config.model_dump(mode="json")) as counts:
         found = list_catalogue(config, root)
+        counts["training_log_rows"] = record_training_logs(store, config.name, config.source)
         summary.checkpoints = len(found.checkpoints)
         for finding in found.findings:
             summary.findings[finding.severity] = summary.findings.get(finding.severity, 0) + 1

@@ -34,3 +34,7 @@ def first_line(error: BaseException) -> str:
     """First line of an error's text, or its type's name if it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+class LoaderError(OntogenyError):
+    """A person's own loader failed on a checkpoint; the sentence names module and function."""

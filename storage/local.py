@@ -1,8 +1,9 @@
 """Checkpoints in folders: listing, weight files, digests. Headers are read, tensors are not."""
 
 import json
-import os
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,24 @@ _LFS = b"version https://git-lfs"
 _HEADER_LIMIT = 100_000_000
 
 
+_WILDCARDS = re.compile(r"\*|\?|\[!?[\w-]+\]")
+_WILD = {"*": ".*", "?": "."}
+
+
 def list_folder(series: str, source: DirSource, root: str) -> tuple[list[Checkpoint], list[str]]:
     """Checkpoints under ``source.path`` in order of run and step, and folder names that did not parse.
 
     Raises:
-        UsageError: the folder is missing or holds no checkpoint.
+        UsageError: the folder is missing or holds no checkpoint, or wildcards do not name runs.
     """
     base = Path(source.path.replace("{root}", root)).expanduser()
+    runs = {SINGLE_RUN: base}
     if not base.is_dir():
-        raise UsageError(f"folder {str(base)!r} of series {series!r} does not exist")
-    direct = [f for f in _subfolders(base) if parse_name(f.name, source)]
-    runs = {SINGLE_RUN: base} if direct else {f.name: f for f in _subfolders(base)}
+        if not _WILDCARDS.search(source.path):
+            raise UsageError(f"folder {str(base)!r} of series {series!r} does not exist")
+        runs = _matched_runs(source.path, root)
+    elif not any(parse_name(folder.name, source) for folder in _subfolders(base)):
+        runs = {folder.name: folder for folder in _subfolders(base)}
     found: list[Checkpoint] = []
     unparsed: list[str] = []
     for run, folder in runs.items():
@@ -59,16 +67,66 @@ def list_folder(series: str, source: DirSource, root: str) -> tuple[list[Checkpo
     return found, unparsed
 
 
-def describe_folder(checkpoint: Checkpoint, known: Checkpoint | None = None) -> Checkpoint:
+def _matched_runs(pattern: str, root: str) -> dict[str, Path]:
+    """Folders that a path with wildcards matches, by what its wildcards matched, joined by ``-``."""
+    runs: dict[str, Path] = {}
+    for folder, taken in _walk(Path(), list(Path(pattern).parts), root):
+        run = "-".join(taken)
+        if not all(taken):
+            raise UsageError(f"path {pattern!r}: {str(folder)!r} leaves the run without a name")
+        if run in runs:
+            raise UsageError(
+                f"path {pattern!r}: {str(runs[run])!r} and {str(folder)!r} would both be run {run!r}"
+            )
+        runs[run] = folder
+    if not runs:
+        raise UsageError(f"path {pattern!r} matches no folder")
+    return runs
+
+
+def _walk(folder: Path, parts: list[str], root: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Folders below ``folder`` that the parts match, with what each group of wildcards matched."""
+    if not parts:
+        yield folder, ()
+        return
+    part, *rest = parts
+    if "**" in part:
+        raise UsageError(f"path part {part!r}: a wildcard stands for one folder; write */* for two")
+    if not _WILDCARDS.search(part):
+        inner = (folder / part.replace("{root}", root)).expanduser()
+        if inner.is_dir():
+            yield from _walk(inner, rest, root)
+        return
+    for child in _subfolders(folder):
+        match = re.fullmatch(_regex(part), child.name)
+        if match is not None:
+            for found, taken in _walk(child, rest, root):
+                yield found, (*match.groups(), *taken)
+
+
+def _regex(part: str) -> str:
+    """Regular expression of a path part; wildcards that stand side by side are one group."""
+    pieces = re.split(rf"((?:{_WILDCARDS.pattern})+)", part)
+    translated = [re.escape(piece) for piece in pieces]
+    for number in range(1, len(pieces), 2):
+        inner = _WILDCARDS.sub(lambda wild: _WILD.get(wild[0], wild[0].replace("[!", "[^")), pieces[number])
+        translated[number] = f"({inner})"
+    return "".join(translated)
+
+
+def describe_folder(
+    checkpoint: Checkpoint, known: Checkpoint | None = None, weights: str | None = None
+) -> Checkpoint:
     """Add weight files, their digest and the dtype; all is taken from ``known`` if nothing changed since.
 
-    Unchanged means: same names, sizes and modification times.
+    Unchanged means: same names, sizes and modification times. ``weights`` are the files' names where they
+    are not those of Hugging Face.
 
     Raises:
         DamagedCheckpointError: weights or a shard are missing, or a file is a Git LFS pointer.
     """
     folder = Path(checkpoint.location)
-    names = weight_names(folder)
+    names = weight_names(folder, weights)
     stats = {name: (folder / name).stat() for name in names}
     fingerprint = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
     # Read always: they are small, and may change while the weights do not.
@@ -83,12 +141,30 @@ def describe_folder(checkpoint: Checkpoint, known: Checkpoint | None = None) -> 
     return described.model_copy(update={"dtype": stored_dtype(folder, names), **texts})
 
 
-def weight_names(folder: Path) -> list[str]:
-    """Names of the weight files of an HF-format folder, safetensors preferred.
+def weight_names(folder: Path, pattern: str | None = None) -> list[str]:
+    """Names of a folder's weight files: those of an HF-format folder, safetensors preferred, or a pattern's.
 
     Raises:
         DamagedCheckpointError: none is there, a shard of the index is missing, or one is an LFS pointer.
     """
+    names = _hf_names(folder) if pattern is None else _names_like(folder, pattern)
+    for name in names:
+        with (folder / name).open("rb") as stream:
+            if stream.read(len(_LFS)) == _LFS:
+                raise DamagedCheckpointError(
+                    f"{folder.name}: {name!r} is a Git LFS pointer, not weights", "lfs-pointer"
+                )
+    return names
+
+
+def _names_like(folder: Path, pattern: str) -> list[str]:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file())
+    if not names:
+        raise DamagedCheckpointError(f"{folder.name}: no weights ({pattern})")
+    return names
+
+
+def _hf_names(folder: Path) -> list[str]:
     for index, single in zip(_INDEXES, _SINGLES, strict=True):
         if (folder / index).is_file():
             try:
@@ -99,21 +175,13 @@ def weight_names(folder: Path) -> list[str]:
             for name in names:
                 if Path(name).name != name:
                     raise DamagedCheckpointError(f"{folder.name}: shard name {name!r} leaves its folder")
-        elif (folder / single).is_file():
-            names = [single]
-        else:
-            continue
-        for name in names:
-            if not (folder / name).is_file():
-                raise DamagedCheckpointError(
-                    f"{folder.name}: shard {name!r} of the index is missing", "missing-shard"
-                )
-            with (folder / name).open("rb") as stream:
-                if stream.read(len(_LFS)) == _LFS:
+                if not (folder / name).is_file():
                     raise DamagedCheckpointError(
-                        f"{folder.name}: {name!r} is a Git LFS pointer, not weights", "lfs-pointer"
+                        f"{folder.name}: shard {name!r} of the index is missing", "missing-shard"
                     )
-        return names
+            return names
+        if (folder / single).is_file():
+            return [single]
     raise DamagedCheckpointError(f"{folder.name}: no weights ({' or '.join(_SINGLES)})")
 
 
@@ -153,5 +221,5 @@ def stored_dtype(folder: Path, names: list[str]) -> str | None:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    entries = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()]
-    return sorted(path for path in entries if not path.name.startswith("."))
+    """Folders and links to folders, but not hidden ones, in order of name."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())

@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from storage.errors import UsageError
 from storage.keys import check_name, weights_sha256
@@ -83,6 +84,18 @@ class _Source(_Frozen):
     tokens_per_step: Annotated[
         int | None, Field(description="training tokens per step, where names do not say them", gt=0)
     ] = None
+    loader: Annotated[
+        str | None,
+        Field(description="module:function that loads a model class of your own (docs/own_models.md)"),
+    ] = None
+
+    @field_validator("loader")
+    @classmethod
+    def _names_a_function(cls, loader: str | None) -> str | None:
+        module, separator, function = (loader or "a:b").partition(":")
+        if not (separator and all(map(str.isidentifier, module.split("."))) and function.isidentifier()):
+            raise ValueError(f"loader {loader!r} is not module:function")
+        return loader
 
     @field_validator("pattern")
     @classmethod
@@ -113,10 +126,35 @@ class HubSource(_Source):
 
 
 class DirSource(_Source):
-    """A series in a folder: PATH/step1000 (one run) or PATH/RUN/step1000 (several)."""
+    """A series in folders: PATH/step1000 (one run) or PATH/RUN/step1000 (several).
+
+    A path with wildcards names one folder per run, ``runs/*/checkpoints``: a run is called what its wildcards
+    matched.
+    """
 
     kind: Annotated[Literal["dir"], Field(description="a folder of checkpoints")] = "dir"
-    path: Annotated[str, Field(description="folder; {root} stands for ROOT")]
+    path: Annotated[
+        str, Field(description="folder, or folders as runs/*/checkpoints; {root} stands for ROOT")
+    ]
+    weights: Annotated[
+        str | None,
+        Field(description="weight files of a checkpoint, as *.pt; only with loader; absent: HF names"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _weights_need_a_loader(self) -> "DirSource":
+        # transformers reads its own file names, so the digest would be of other files than the numbers.
+        if self.weights is not None and self.loader is None:
+            raise ValueError(f"weights {self.weights!r} need a loader that reads them")
+        return self
+
+    @field_validator("weights")
+    @classmethod
+    def _inside(cls, weights: str | None) -> str | None:
+        parts = PurePosixPath(weights or "*").parts
+        if not parts or parts[0] == "/" or ".." in parts or "**" in parts:
+            raise ValueError(f"weights {weights!r} are no file names inside a checkpoint's folder")
+        return weights
 
 
 Source = Annotated[HubSource | DirSource, Field(discriminator="kind")]

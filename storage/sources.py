@@ -31,18 +31,24 @@ def list_source(series: str, source: HubSource | DirSource, root: str) -> Listin
     return Listing(*local.list_folder(series, source, root))
 
 
-def describe(checkpoint: Checkpoint, known: Checkpoint | None = None, hub_dtype: bool = False) -> Checkpoint:
+def describe(
+    checkpoint: Checkpoint,
+    known: Checkpoint | None = None,
+    hub_dtype: bool = False,
+    weights: str | None = None,
+) -> Checkpoint:
     """Add weight files, sizes and digests, without downloading weights.
 
     ``known`` is what the store has recorded of it; its digests and pinned commit are reused. ``hub_dtype``
-    reads dtypes on the Hub too (:func:`storage.hub.describe_hub`).
+    reads dtypes on the Hub too (:func:`storage.hub.describe_hub`). ``weights`` are the names of weight files
+    in a folder, where they are not those of Hugging Face.
 
     Raises:
         HubError, DamagedCheckpointError: it cannot be described; the sentence says why.
     """
     if checkpoint.commit is not None:
         return hub.describe_hub(checkpoint, known, hub_dtype)
-    return local.describe_folder(checkpoint, known)
+    return local.describe_folder(checkpoint, known, weights)
 
 
 def folder_of(checkpoint: Checkpoint, scratch: Path) -> Path:

@@ -60,12 +60,13 @@ def catalogue(
         chosen = StepSelection.parse(steps).select(chosen)
     config = config or AuditConfig()
     known = recorded(store, series)
+    weights = source.weights if isinstance(source, DirSource) else None
     result = Catalogue()
     for number, checkpoint in enumerate(chosen):
         progress(number, len(chosen))
         before = known.get((checkpoint.run, checkpoint.revision))
         try:
-            described = describe(checkpoint, before, config.hub_dtype)
+            described = describe(checkpoint, before, config.hub_dtype, weights)
         except OntogenyError as error:
             result.findings.append(undescribed(checkpoint, error.kind, str(error)))
             result.checkpoints.append(checkpoint)

@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict
 
-from analyzers.adapters import Adapter
+from analyzers.adapters import Model
 from analyzers.base import ActivationAnalyzer, Analyzer, Result, WeightAnalyzer
 from analyzers.reductions import Spec
 from analyzers.reductions import State as ReductionState
@@ -27,7 +27,7 @@ from storage.series import Checkpoint
 from storage.sources import tokenizer_folder
 from storage.store import Store, now
 from storage.tables import SCHEMA_VERSION
-from tasks.models import CheckpointWeights, load_adapter, probe_of
+from tasks.models import load_model, open_weights, probe_of
 
 
 class MeasureJob(BaseModel):
@@ -42,6 +42,7 @@ class MeasureJob(BaseModel):
     dtype: str
     device: str
     batch: int
+    loader: str | None = None
 
     @property
     def scratch(self) -> Path:
@@ -72,10 +73,13 @@ class Pending:
         return f"{self.analyzer.name}-{self.key}"
 
 
-def protocol_of(analyzer: Analyzer, probe: Probe | None, dtype: str) -> dict[str, Any]:
+def protocol_of(
+    analyzer: Analyzer, probe: Probe | None, dtype: str, loader: str | None = None
+) -> dict[str, Any]:
     """What determines an analyzer's numbers besides the weights; part of the key, stored with every row.
 
-    Weight analyzers read weights as stored: neither probe nor dtype enters.
+    Weight analyzers read weights as stored: neither probe nor dtype enters. A person's own loader does,
+    because it says which model the weights make.
     """
     runs_model = isinstance(analyzer, ActivationAnalyzer)
     return {
@@ -85,6 +89,7 @@ def protocol_of(analyzer: Analyzer, probe: Probe | None, dtype: str) -> dict[str
         "probe": probe.describe() if runs_model and probe is not None else None,
         "dtype": dtype if runs_model else "stored",
         "schema": SCHEMA_VERSION,
+        **({"loader": loader} if loader is not None else {}),
     }
 
 
@@ -114,7 +119,7 @@ def plan(job: MeasureJob, store: Store, checkpoint: Checkpoint, done: set[str] |
         raise ValueError(f"{checkpoint.label} is not described: it has no weights digest")
     wanted = []
     for analyzer in built:
-        protocol = protocol_of(analyzer, probe, job.dtype)
+        protocol = protocol_of(analyzer, probe, job.dtype, job.loader)
         wanted.append(Pending(analyzer, protocol, result_key(checkpoint.weights_sha256, protocol)))
     return Plan(wanted, [item for item in wanted if item.file not in done], probe)
 
@@ -240,9 +245,9 @@ def _measure_folder(
         try:
             if isinstance(item.analyzer, ActivationAnalyzer):
                 assert run is not None
-                result = item.analyzer.measure(run.states, run.adapter)
+                result = item.analyzer.measure(run.states, run.model)
             elif isinstance(item.analyzer, WeightAnalyzer):
-                result = item.analyzer.measure_weights(CheckpointWeights(folder))
+                result = item.analyzer.measure_weights(open_weights(folder, job.loader))
             else:
                 raise TypeError(f"analyzer {item.analyzer.name!r} reads neither activations nor weights")
         except Exception as error:  # one analyzer's fault must not lose the others' results
@@ -257,15 +262,15 @@ def _measure_folder(
 class OnePass:
     """What the one pass over a checkpoint left behind."""
 
-    adapter: Adapter
+    model: Model
     states: dict[Spec, ReductionState]
 
 
 def one_pass(job: MeasureJob, folder: Path, readers: list[ActivationAnalyzer], probe: Probe) -> OnePass:
     """Load the model once and run it over the probe once, for all ``readers`` together."""
-    adapter = load_adapter(folder, job.dtype, job.device)
-    specs = dict.fromkeys(spec for reader in readers for spec in reader.needs(adapter))
-    return OnePass(adapter, run_pass(adapter, batches(torch.from_numpy(probe.tokens), job.batch), specs))
+    model = load_model(folder, job.dtype, job.device, job.loader)
+    specs = dict.fromkeys(spec for reader in readers for spec in reader.needs(model))
+    return OnePass(model, run_pass(model, batches(torch.from_numpy(probe.tokens), job.batch), specs))
 
 
 def sentence(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """From a checkpoint's folder to a model in memory, to its tokenizer, and to its weights one at a time."""
 
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from analyzers.adapters import Adapter, Family, family_of
+from analyzers.adapters import Adapter, Model
+from analyzers.base import WeightMatrices
+from analyzers.families import Family, family_of
 from storage.errors import UsageError
 from storage.keys import digest, file_sha256
 from storage.local import DamagedCheckpointError, safetensors_header, weight_names
 from storage.probe import Probe, ProbeConfig, build_probe
+from tasks.loader import OwnWeights, load_own
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,8 +46,25 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def load_model(folder: Path, dtype: str, device: str, loader: str | None = None) -> Model:
+    """Load a checkpoint in inference mode: through a person's own ``loader``, else by its family.
+
+    Raises:
+        DamagedCheckpointError: the weights are cut short, or do not fill the model.
+        UnknownFamilyError: no adapter knows the architecture.
+        UsageError, LoaderError: as :func:`tasks.loader.load_own`.
+    """
+    if loader is not None:
+        own = load_own(loader, folder)
+        own.model.to(device=choose_device(device), dtype=getattr(torch, dtype))
+        return own
+    return load_adapter(folder, dtype, device)
+
+
 def load_adapter(folder: Path, dtype: str, device: str) -> Adapter:
-    """Load a causal language model in inference mode, with its adapter.
+    """Load a causal language model of transformers in inference mode, with its adapter.
+
+    Code that a repository brings along is not run.
 
     Raises:
         DamagedCheckpointError: the weights are cut short, or do not fill the model.
@@ -52,14 +73,16 @@ def load_adapter(folder: Path, dtype: str, device: str) -> Adapter:
     for name in weight_names(folder):
         if name.endswith(".safetensors"):
             safetensors_header(folder / name)
-    config = AutoConfig.from_pretrained(folder)
-    family_of(config.model_type)
+    # Before transformers, which has another sentence for architectures that it does not know.
+    family_of(_config(folder).get("model_type", ""))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=getattr(torch, dtype),
         attn_implementation="sdpa",
         output_loading_info=True,
+        trust_remote_code=False,
     )
     if report["missing_keys"]:
         first = sorted(report["missing_keys"])[0]
@@ -67,6 +90,23 @@ def load_adapter(folder: Path, dtype: str, device: str) -> Adapter:
             f"{folder.name}: {len(report['missing_keys'])} parameters are not in the weights, {first} first"
         )
     return Adapter(model.to(choose_device(device)).eval())
+
+
+def open_weights(folder: Path, loader: str | None = None) -> WeightMatrices:
+    """The weights of a checkpoint as stored.
+
+    Raises:
+        DamagedCheckpointError, UnknownFamilyError, UsageError, LoaderError: as :func:`load_model`.
+    """
+    return CheckpointWeights(folder) if loader is None else OwnWeights(loader, folder)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{folder.name}: no readable config.json ({error})") from None
+    return config if isinstance(config, dict) else {}
 
 
 def probe_of(folder: Path, config: ProbeConfig, root: str) -> Probe:
@@ -84,7 +124,9 @@ def probe_of(folder: Path, config: ProbeConfig, root: str) -> Probe:
     identity = digest([[file.name, file_sha256(file)] for file in files])
     key = (identity, config, root)
     if key not in _probes:
-        _probes[key] = build_probe(config, AutoTokenizer.from_pretrained(source), root)
+        _probes[key] = build_probe(
+            config, AutoTokenizer.from_pretrained(source, trust_remote_code=False), root
+        )
     return _probes[key]
 
 
@@ -93,7 +135,7 @@ class CheckpointWeights:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._config = _config(folder)
         self._family: Family = family_of(self._config.get("model_type", ""))
         self._names = weight_names(folder)
 
@@ -120,7 +162,23 @@ class CheckpointWeights:
                     for name in filter(wanted, tensors.keys()):
                         yield name, tensors.get_tensor(name)
             else:
-                # Weights only: a pickle that could run code is refused by torch.
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                state = _load_bin(path)
                 for name in filter(wanted, state):
                     yield name, state[name]
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .bin file, weights only: a pickle that could run code is refused by torch.
+
+    Raises:
+        DamagedCheckpointError: the file is refused or cannot be read.
+    """
+    try:
+        # Files of torch before 1.6 are no zip files and cannot be mapped into memory.
+        mapped = zipfile.is_zipfile(path)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # pickle, zip and runtime errors, with pages of advice
+        raise DamagedCheckpointError(
+            f"{path.parent.name}: {path.name!r} cannot be read as weights only: {type(error).__name__}"
+        ) from error
+    return state

@@ -13,6 +13,7 @@ import pandas as pd
 
 from storage import Store, UsageError
 from storage.store import column_name
+from tasks.training_log import ANALYZER
 
 Row = dict[str, Any]
 _PLACE = ["analyzer", "metric", "site", "layer", "head"]
@@ -110,16 +111,18 @@ def collect(store: Store, series: str) -> ReportData:
     columns = [*_PLACE, "run", "step", "tokens", "value", "n", "note", "protocol", "recorded_at"]
     metrics = store.table("metrics", series).to_arrow().select(columns).to_pandas()
     metrics = metrics[metrics["step"].notna() & metrics["run"].notna()]
+    measured = metrics[metrics["analyzer"] != ANALYZER]
+    metrics = _at_measured_steps(metrics, measured)
     runs = _runs(
         metrics, states, checkpoints, [*failures, *(f for f in findings if f["severity"] == "error")]
     )
-    done = metrics[["run", "step", "analyzer"]].drop_duplicates()
+    done = measured[["run", "step", "analyzer"]].drop_duplicates()
     return ReportData(
         series=series,
         runs=runs,
         trajectories=_trajectories(metrics, runs),
         measured={(str(run), int(step), str(a)) for run, step, a in done.itertuples(index=False)},
-        protocols=_protocols(metrics),
+        protocols=_protocols(measured),
         noted=_noted(metrics),
         checkpoints=checkpoints,
         # An audit without findings leaves a file without rows.
@@ -134,6 +137,12 @@ def collect(store: Store, series: str) -> ReportData:
         provenance=sorted(rows("provenance"), key=lambda row: str(row["started"]), reverse=True),
         as_of=metrics["recorded_at"].max().to_pydatetime() if len(metrics) else None,
     )
+
+
+def _at_measured_steps(metrics: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """Without what a training logged between checkpoints: all other lines would break at those steps."""
+    places = pd.MultiIndex.from_frame(measured[["run", "step"]])
+    return metrics[pd.MultiIndex.from_frame(metrics[["run", "step"]]).isin(places)]
 
 
 def read_json(text: str | None) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def test_every_checkpoint_has_every_metric(undisturbed: Path) -> None:
     # Untrained: uniform over 300 tokens but for the small random logits.
     assert abs(loss.loc[0] - 5.70).max() < 0.1
     assert (loss.loc[8] < loss.loc[0]).all()
-    assert metrics.groupby(["run", "step"]).size().nunique() == 1
+    measured = metrics[metrics["analyzer"] != "training_log"]
+    assert measured.groupby(["run", "step"]).size().nunique() == 1
     assert set(metrics["n"][metrics["metric"] == "loss"]) == {24 * 31}
 
 
@@ -61,6 +62,14 @@ def test_plain_readers_see_the_same_rows(undisturbed: Path) -> None:
         assert len(pd.read_parquet(undisturbed / "tables" / table)) == expected
         assert polars.scan_parquet(files).collect().height == expected
         assert duckdb.sql(f"select count(*) from '{files}'").fetchall() == [(expected,)]
+
+
+def test_the_training_log_stands_beside_what_is_measured(undisturbed: Path, tiny_series: Path) -> None:
+    metrics = open_root(undisturbed).table("metrics").to_pandas()
+    logged = metrics[metrics["metric"] == "train_loss"].set_index(["run", "step"])["value"]
+    assert sorted(logged.index) == [(run, step) for run in ("seed0", "seed1") for step in range(1, 9)]
+    lines = (tiny_series / "seed1" / "training_log.jsonl").read_text().splitlines()
+    assert logged["seed1"].tolist() == [json.loads(line)["loss"] for line in lines]
 
 
 def test_second_call_measures_nothing(undisturbed: Path, tiny_series: Path, cli: Cli) -> None:
@@ -138,7 +147,8 @@ def test_one_damaged_checkpoint_is_named_and_the_others_go_on(
     (finding,) = open_root(root).table("findings").to_pylist()
     assert (finding["kind"], finding["severity"]) == ("damaged", "error")
     expected = measured_rows(undisturbed, "metrics")
-    expected = expected[(expected["run"] != "seed1") | (expected["step"] != 4)].reset_index(drop=True)
+    lost = (expected["run"] == "seed1") & (expected["step"] == 4) & (expected["analyzer"] != "training_log")
+    expected = expected[~lost].reset_index(drop=True)
     assert_frame_equal(measured_rows(root, "metrics"), expected)
 
 
@@ -159,7 +169,8 @@ def test_going_back_to_an_earlier_protocol_shows_it(tiny_series: Path, cli: Cli,
         choice = f"measure.parameters.spectra.tokens={tokens}"
         done = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *arguments, "--set", choice)
         assert done.returncode == 0, done.stderr
-        return {int(n) for n in open_root(tmp_path).table("metrics").to_pandas()["n"]}
+        metrics = open_root(tmp_path).table("metrics").to_pandas()
+        return {int(n) for n in metrics.loc[metrics["analyzer"] == "spectra", "n"]}
 
     assert shown("all") == {24 * 32}
     assert shown("last") == {24}
