@@ -1,9 +1,11 @@
 """The command line. It mirrors the flows one to one; each command's help teaches what it does."""
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,6 +135,10 @@ def specimen(
     width: Annotated[int, typer.Option(help="size of the residual stream")] = 128,
     layers: Annotated[int, typer.Option(help="transformer blocks")] = 4,
     heads: Annotated[int, typer.Option(help="attention heads per block")] = 4,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="then serve the runs as a hub on this machine until Ctrl-C")
+    ] = False,
+    port: Annotated[int, typer.Option(help="port of that hub; 0 takes a free one", min=0, max=65535)] = 0,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="any other setting of docs/config.md, as lr=1e-3"),
@@ -164,6 +170,23 @@ def specimen(
     trained = train_specimen(config)
     done = f"trained {trained} of {config.seeds} runs" if trained else "all runs were there; trained nothing"
     out.print(f"{out_folder}: {done}. Study them with: ontogeny study dir:{out_folder}")
+    if serve:
+        _serve(out_folder, port)
+
+
+def _serve(folder: Path, port: int) -> None:
+    """Serve a series' folder by the Hub's protocol on loopback, until interrupted."""
+    from threading import Event
+
+    from storage.mirror import Mirror, repositories
+
+    with Mirror(repositories(folder, "specimen"), port=port) as mirror:
+        out.print(
+            f"Serving {', '.join(mirror.repos)} at {mirror.url}; Ctrl-C ends it. From another terminal:"
+        )
+        out.print(f"HF_ENDPOINT={mirror.url} ontogeny study hub:{next(iter(mirror.repos))}", soft_wrap=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            Event().wait()
 
 
 @app.command()
@@ -277,16 +300,26 @@ def list_(
 
 def _print_plan(items: list[Any]) -> None:
     todo = [item for item in items if item.missing]
-    size = sum(item.bytes or 0 for item in todo)
     table = Table("checkpoint", "MB", "missing")
     for item in todo:
         table.add_row(item.label, f"{(item.bytes or 0) / 1e6:,.1f}", ", ".join(item.missing))
     if todo:
         out.print(table)
     out.print(
-        f"{len(todo)} of {len(items)} checkpoints to measure, {size / 1e9:,.2f} GB of weights to read; "
+        f"{len(todo)} of {len(items)} checkpoints to measure, {_gigabytes(todo)} of weights to read, "
+        f"{_gigabytes([item for item in todo if item.download])} of them to download; "
         f"{len(items) - len(todo)} have all their results."
     )
+    if todo:
+        seconds = sum(item.seconds or 0 for item in todo)
+        out.print(
+            f"Forward passes: about {timedelta(seconds=round(seconds))} on this machine, judged by a matrix "
+            "product; loading and eigenvalues come on top."
+        )
+
+
+def _gigabytes(items: list[Any]) -> str:
+    return f"{sum(item.bytes or 0 for item in items) / 1e9:,.2f} GB"
 
 
 def _print_measured(summary: Any) -> None:

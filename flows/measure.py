@@ -11,6 +11,7 @@ from storage.series import Checkpoint
 from storage.store import Store
 from storage.window import Arrival, Window
 from tasks.catalogue import Catalogue, catalogue
+from tasks.estimate import forward_flops, matmul_speed
 from tasks.loader import find_loader
 from tasks.measure import (
     MeasureJob,
@@ -39,12 +40,14 @@ class MeasureSummary(BaseModel):
 
 
 class PlannedCheckpoint(BaseModel):
-    """One line of ``measure --dry-run``."""
+    """One line of ``measure --dry-run``: ``seconds`` is an estimate of the forward pass on this machine."""
 
     label: str
     step: int
     bytes: int | None
+    download: bool
     missing: list[str]
+    seconds: float | None
 
 
 def job_of(config: SeriesConfig, root: str) -> MeasureJob:
@@ -78,12 +81,24 @@ def list_catalogue(config: SeriesConfig, root: str) -> Catalogue:
 def plan_series(config: SeriesConfig, root: str) -> list[PlannedCheckpoint]:
     """What ``measure`` would do now: per checkpoint its size and the analyzers whose results are missing."""
     found = list_catalogue(config, root)
-    return [
-        PlannedCheckpoint(
-            label=c.label, step=c.step, bytes=c.bytes, missing=[i.analyzer.name for i in p.missing]
+    plans = _plans(config, root, found.sound)
+    speed = matmul_speed(choose_device(config.measure.device), config.measure.dtype)
+    planned = []
+    for checkpoint, todo in plans:
+        names = [item.analyzer.name for item in todo.missing]
+        tokens = 0 if todo.probe is None else todo.probe.tokens.size
+        flops = forward_flops(checkpoint, tokens) if names else 0.0
+        planned.append(
+            PlannedCheckpoint(
+                label=checkpoint.label,
+                step=checkpoint.step,
+                bytes=checkpoint.bytes,
+                download=checkpoint.commit is not None,
+                missing=names,
+                seconds=None if flops is None else flops / speed,
+            )
         )
-        for c, p in _plans(config, root, found.sound)
-    ]
+    return planned
 
 
 def _plans(config: SeriesConfig, root: str, checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, Plan]]:

@@ -20,10 +20,14 @@ from storage.mirror import Mirror, repositories
 PER_PASS = 3  # 24 sequences in batches of 8
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def from_folder(tiny_series: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root in which the first run's folders are measured; their log is no part of what a hub serves."""
     root = tmp_path_factory.mktemp("from-folder")
-    done = cli("measure", f"dir:{tiny_series}/seed0", "--root", str(root), "--set", "name=tiny", *TINY)
+    folder = shutil.copytree(
+        tiny_series / "seed0", root / "series", ignore=shutil.ignore_patterns("training_log.jsonl")
+    )
+    done = cli("measure", f"dir:{folder}", "--root", str(root), "--set", "name=tiny", *TINY)
     assert done.returncode == 0, done.stderr
     return root
 
