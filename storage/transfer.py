@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from storage.errors import DamagedCheckpointError, HubError, UsageError, first_line
+from storage.errors import DamagedCheckpointError, HubError, OntogenyError, UsageError, first_line
 from storage.keys import file_sha256, git_blob_sha1
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ def persistently(
         before = progress()
         try:
             return attempt()
-        except (DamagedCheckpointError, HubError, UsageError, _WrongFileError):
+        except (OntogenyError, _WrongFileError):
             raise
         except Exception as error:
             reason, again = _meaning(error, patience)

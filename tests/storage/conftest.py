@@ -2,13 +2,16 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub as hf
 import numpy as np
 import pytest
+from faults import LARGE, Fault, FaultyMirror, Serve
 from safetensors.numpy import save_file
 from storage_support import AskHub, WriteCheckpoint
 
@@ -61,3 +64,34 @@ def ask_hub(tmp_path_factory: pytest.TempPathFactory) -> AskHub:
         return json.loads(done.stdout.splitlines()[-1])
 
     return ask
+
+
+@pytest.fixture(scope="session")
+def faulty_folder(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: WriteCheckpoint) -> Path:
+    """One run: step0 of 3 MB in one file, step1 in two shards, step2 small."""
+    base = tmp_path_factory.mktemp("served")
+    large = write_checkpoint(base / "seed0" / "step0")
+    (large / "model.safetensors").write_bytes(random.Random(0).randbytes(LARGE))
+    write_checkpoint(base / "seed0" / "step1", seed=1, shards=2)
+    write_checkpoint(base / "seed0" / "step2", seed=2, dtype="float16")
+    return base
+
+
+@pytest.fixture
+def serve(faulty_folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Serve:
+    """``serve(*faults)``: a mirror of the run that is this process's Hub, which is asked without patience."""
+    for name in [n for n in os.environ if "proxy" in n.lower()]:
+        monkeypatch.delenv(name)
+    for name, value in (("TRIES", "3"), ("WAIT", "0.01"), ("LONGEST", "0.1"), ("TIMEOUT", "10")):
+        monkeypatch.setenv(f"ONTOGENY_HUB_{name}", value)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hf.close_session()
+
+    def start(*faults: Fault, at: Path = faulty_folder, **options: Any) -> FaultyMirror:
+        mirror = FaultyMirror({"specimen/seed0": at / "seed0"}, *faults, **options)
+        mirror.__enter__()
+        request.addfinalizer(mirror.__exit__)
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        return mirror
+
+    return start

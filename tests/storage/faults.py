@@ -1,15 +1,26 @@
 """A mirror that misbehaves where it is told to."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Event, Lock
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
+from storage import hub
+from storage.errors import OntogenyError
 from storage.mirror import Mirror, MirrorRequest
+from storage.series import Checkpoint, HubSource
+
+SOURCE = HubSource(repos={"seed0": "specimen/seed0"})
+WEIGHTS = "specimen/seed0@step0/model.safetensors"
+TREE = "specimen/seed0@step0/tree"
+REFS = "specimen/seed0/refs"
+LARGE = 3 << 20
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4970582888\n".encode()
 
@@ -142,3 +153,18 @@ class FaultyMirror(Mirror):
         request.end_headers()
         request.wfile.write(data[start : start + fault.after] if fault.kind == "cut" else data[start:])
         request.close_connection = True
+
+
+Serve = Callable[..., FaultyMirror]
+
+
+def listed(step: int = 0) -> Checkpoint:
+    """The checkpoint as the hub that is served now lists it."""
+    return {c.step: c for c in hub.list_hub("tiny", SOURCE)[0]}[step]
+
+
+def sentence(call: Callable[[], Any]) -> tuple[str, str]:
+    """Kind and text of the error that a call ends in."""
+    with pytest.raises(OntogenyError) as raised:
+        call()
+    return raised.value.kind, str(raised.value)

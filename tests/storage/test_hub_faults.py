@@ -1,80 +1,25 @@
 """Every fault of a hub ends in a sentence or in a retry that succeeds; never in a wrong or half a file."""
 
 import logging
-import os
-import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Timer
 from typing import Any
 
-import huggingface_hub as hf
 import pytest
-from faults import POINTER, Fault, FaultyMirror
-from storage_support import WriteCheckpoint
+from faults import LARGE, POINTER, REFS, SOURCE, TREE, WEIGHTS, Fault, Serve, listed, sentence
 
 from storage import hub, sources
-from storage.errors import DamagedCheckpointError, HubError, OntogenyError, UsageError
+from storage.errors import DamagedCheckpointError, HubError, UsageError
 from storage.keys import file_sha256
-from storage.series import Checkpoint, DirSource, HubSource
 from storage.store import open_root
-from storage.transfer import Patience, RemoteFile, part_of
+from storage.transfer import Patience, RemoteFile, _retry_after, part_of
 from tasks.catalogue import catalogue
-
-SOURCE = HubSource(repos={"seed0": "specimen/seed0"})
-WEIGHTS = "specimen/seed0@step0/model.safetensors"
-TREE = "specimen/seed0@step0/tree"
-REFS = "specimen/seed0/refs"
-LARGE = 3 << 20
-
-Serve = Callable[..., FaultyMirror]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: WriteCheckpoint) -> Path:
-    """One run: step0 of 3 MB in one file, step1 in two shards, step2 small."""
-    base = tmp_path_factory.mktemp("served")
-    large = write_checkpoint(base / "seed0" / "step0")
-    (large / "model.safetensors").write_bytes(random.Random(0).randbytes(LARGE))
-    write_checkpoint(base / "seed0" / "step1", seed=1, shards=2)
-    write_checkpoint(base / "seed0" / "step2", seed=2, dtype="float16")
-    return base
-
-
-@pytest.fixture
-def serve(folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Serve:
-    """``serve(*faults)``: a mirror of the run that is this process's Hub, which is asked without patience."""
-    for name in [n for n in os.environ if "proxy" in n.lower()]:
-        monkeypatch.delenv(name)
-    for name, value in (("TRIES", "3"), ("WAIT", "0.01"), ("LONGEST", "0.1"), ("TIMEOUT", "10")):
-        monkeypatch.setenv(f"ONTOGENY_HUB_{name}", value)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hf.close_session()
-
-    def start(*faults: Fault, at: Path = folder, **options: Any) -> FaultyMirror:
-        mirror = FaultyMirror({"specimen/seed0": at / "seed0"}, *faults, **options)
-        mirror.__enter__()
-        request.addfinalizer(mirror.__exit__)
-        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
-        return mirror
-
-    return start
-
-
-def listed(step: int = 0) -> Checkpoint:
-    return {c.step: c for c in hub.list_hub("tiny", SOURCE)[0]}[step]
-
-
-def sentence(call: Callable[[], Any]) -> tuple[str, str]:
-    with pytest.raises(OntogenyError) as raised:
-        call()
-    return raised.value.kind, str(raised.value)
 
 
 def names(path: Path) -> list[str]:
@@ -87,14 +32,14 @@ def names(path: Path) -> list[str]:
 @pytest.mark.parametrize("where", [REFS, TREE, WEIGHTS])
 @pytest.mark.parametrize("kind", ["limited", "unavailable", "no JSON"])
 def test_a_refusal_for_now_is_tried_again(
-    serve: Serve, folder: Path, tmp_path: Path, where: str, kind: Any
+    serve: Serve, faulty_folder: Path, tmp_path: Path, where: str, kind: Any
 ) -> None:
     if (kind, where) == ("no JSON", WEIGHTS):
         kind = "cut"
     mirror = serve(Fault(kind, where, times=2))
     hub.download(listed(), tmp_path / "x")
     weights = tmp_path / "x" / "model.safetensors"
-    assert weights.read_bytes() == (folder / "seed0" / "step0" / "model.safetensors").read_bytes()
+    assert weights.read_bytes() == (faulty_folder / "seed0" / "step0" / "model.safetensors").read_bytes()
     assert len(mirror.ranges(where)) == 3
     assert names(tmp_path / "x") == ["config.json", "model.safetensors", "tokenizer.json"]
 
@@ -190,6 +135,12 @@ def test_retry_after_is_waited_for_and_bounded(serve: Serve, monkeypatch: pytest
     assert 2.2 <= time.monotonic() - begun < 15
 
 
+def test_the_hub_says_by_its_own_header_when_to_come_back() -> None:
+    assert _retry_after({"RateLimit": '"api";r=0;t=55'}) == 55.0
+    assert _retry_after({"RateLimit": '"api";r=7;t=55'}) is None
+    assert _retry_after({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}) is None
+
+
 @pytest.mark.parametrize(("name", "value"), [("TRIES", "many"), ("TIMEOUT", "0"), ("WAIT", "-1")])
 def test_a_setting_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"ONTOGENY_HUB_{name}", value)
@@ -213,11 +164,11 @@ def test_the_token_is_sent_and_kept_nowhere(
 # --- transfers ---
 
 
-def test_a_cut_transfer_goes_on_where_it_broke(serve: Serve, folder: Path, tmp_path: Path) -> None:
+def test_a_cut_transfer_goes_on_where_it_broke(serve: Serve, faulty_folder: Path, tmp_path: Path) -> None:
     mirror = serve(Fault("cut", WEIGHTS, times=2, after=1 << 20))
     hub.download(listed(), tmp_path / "x")
     assert file_sha256(tmp_path / "x" / "model.safetensors") == file_sha256(
-        folder / "seed0" / "step0" / "model.safetensors"
+        faulty_folder / "seed0" / "step0" / "model.safetensors"
     )
     assert mirror.ranges(WEIGHTS) == [None, "bytes=1048576-", "bytes=2097152-"]
 
@@ -243,7 +194,7 @@ def test_what_came_is_kept_for_the_next_call(
     assert mirror.ranges(WEIGHTS) == [None, "bytes=100-"]
 
 
-def test_two_downloads_to_one_place_take_turns(serve: Serve, folder: Path, tmp_path: Path) -> None:
+def test_two_downloads_to_one_place_take_turns(serve: Serve, faulty_folder: Path, tmp_path: Path) -> None:
     mirror = serve(speed=20 << 20)
     checkpoint = listed()
     with ThreadPoolExecutor(2) as pool:
@@ -253,12 +204,14 @@ def test_two_downloads_to_one_place_take_turns(serve: Serve, folder: Path, tmp_p
     assert mirror.bytes_served.total() == sources.download_bytes(checkpoint)
 
 
-def test_a_server_without_ranges_is_read_from_the_start(serve: Serve, folder: Path, tmp_path: Path) -> None:
+def test_a_server_without_ranges_is_read_from_the_start(
+    serve: Serve, faulty_folder: Path, tmp_path: Path
+) -> None:
     mirror = serve(Fault("cut", WEIGHTS, times=1, after=1 << 20), Fault("ignores ranges", WEIGHTS, times=1))
     hub.download(listed(), tmp_path / "x")
     assert mirror.ranges(WEIGHTS) == [None, "bytes=1048576-"]
     assert file_sha256(tmp_path / "x" / "model.safetensors") == file_sha256(
-        folder / "seed0" / "step0" / "model.safetensors"
+        faulty_folder / "seed0" / "step0" / "model.safetensors"
     )
 
 
@@ -271,13 +224,13 @@ hub.download(Checkpoint.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-def test_kill_in_a_transfer(serve: Serve, folder: Path, tmp_path: Path) -> None:
+def test_kill_in_a_transfer(serve: Serve, faulty_folder: Path, tmp_path: Path) -> None:
     serve(speed=1 << 20)  # three seconds for the weights
     checkpoint = hub.describe_hub(listed())
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, checkpoint.model_dump_json(), str(tmp_path / "x")]
     )
-    source = folder / "seed0" / "step0" / "model.safetensors"
+    source = faulty_folder / "seed0" / "step0" / "model.safetensors"
     part = part_of(tmp_path / "x", RemoteFile("model.safetensors", LARGE, file_sha256(source), ""))
     deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size > LARGE // 4):
@@ -307,17 +260,21 @@ def test_kill_in_a_transfer(serve: Serve, folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_wrong_digest_is_fetched_once_more(serve: Serve, folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_wrong_digest_is_fetched_once_more(
+    serve: Serve, faulty_folder: Path, tmp_path: Path, name: str
+) -> None:
     mirror = serve(Fault("wrong bytes", f"specimen/seed0@step0/{name}", times=1))
     hub.download(listed(), tmp_path / "x")
-    assert (tmp_path / "x" / name).read_bytes() == (folder / "seed0" / "step0" / name).read_bytes()
+    assert (tmp_path / "x" / name).read_bytes() == (faulty_folder / "seed0" / "step0" / name).read_bytes()
     assert mirror.ranges(f"specimen/seed0@step0/{name}") == [None, None]
 
 
-def test_a_digest_that_stays_wrong_leaves_nothing_behind(serve: Serve, folder: Path, tmp_path: Path) -> None:
+def test_a_digest_that_stays_wrong_leaves_nothing_behind(
+    serve: Serve, faulty_folder: Path, tmp_path: Path
+) -> None:
     mirror = serve(Fault("wrong bytes", WEIGHTS))
     checkpoint = hub.describe_hub(listed())
-    data = (folder / "seed0" / "step0" / "model.safetensors").read_bytes()
+    data = (faulty_folder / "seed0" / "step0" / "model.safetensors").read_bytes()
     (tmp_path / "wrong").write_bytes(bytes(byte ^ 255 for byte in data))
     with pytest.raises(DamagedCheckpointError) as raised:
         hub.download(checkpoint, tmp_path / "x")
@@ -344,7 +301,9 @@ def test_a_pointer_served_in_place_of_weights(serve: Serve, tmp_path: Path) -> N
     assert len(POINTER) < LARGE
 
 
-def test_a_file_that_was_damaged_here_is_fetched_again(serve: Serve, folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_was_damaged_here_is_fetched_again(
+    serve: Serve, faulty_folder: Path, tmp_path: Path
+) -> None:
     serve()
     checkpoint = hub.describe_hub(listed())
     hub.download(checkpoint, tmp_path / "x")
@@ -361,57 +320,6 @@ def test_weights_that_are_announced_otherwise_than_recorded(serve: Serve, tmp_pa
     assert not (tmp_path / "x").exists()
 
 
-# --- describing ---
-
-
-def test_a_pointer_that_was_committed(serve: Serve) -> None:
-    serve(Fault("pointer in the tree", TREE))
-    kind, text = sentence(lambda: hub.describe_hub(listed()))
-    assert kind == "lfs-pointer"
-    assert text == "seed0/step0: 'model.safetensors' is not kept in LFS, so it is no weights file"
-
-
-def test_dtypes_are_read_by_a_small_request_where_asked_for(serve: Serve, folder: Path) -> None:
-    mirror = serve()
-    assert hub.describe_hub(listed(2)).dtype is None
-    described = hub.describe_hub(listed(2), dtype=True)
-    assert described.dtype == "F16"
-    assert mirror.ranges("specimen/seed0@step2/model.safetensors") == ["bytes=0-65535"]
-    assert hub.describe_hub(listed(2), described, dtype=True) == described
-    kind, text = sentence(lambda: hub.describe_hub(listed(0), dtype=True))
-    assert (kind, text) == ("damaged", "seed0/step0: 'model.safetensors' is no safetensors file")
-
-
-def test_bytes_are_known_before_a_download(serve: Serve, folder: Path, tmp_path: Path) -> None:
-    mirror = serve()
-    checkpoint = listed(1)
-    size = sources.download_bytes(checkpoint)
-    assert size == sum(f.stat().st_size for f in (folder / "seed0" / "step1").iterdir())
-    described = hub.describe_hub(checkpoint)
-    asked = len(mirror.asked)
-    assert sources.download_bytes(described) == size
-    assert len(mirror.asked) == asked
-    sources.download(described, tmp_path / "x")
-    assert sum(f.stat().st_size for f in (tmp_path / "x").iterdir()) == size
-
-
-def test_only_downloads_are_evicted(serve: Serve, folder: Path, tmp_path: Path) -> None:
-    serve()
-    target = sources.folder_of(listed(2), tmp_path)
-    assert target == tmp_path / "tiny" / "seed0" / "step2"
-    sources.download(listed(2), target)
-    sources.evict(target)
-    assert not target.exists()
-
-    own = folder / "seed0" / "step2"
-    local = Checkpoint(series="tiny", run="seed0", step=2, revision="step2", location=str(own))
-    assert sources.folder_of(local, tmp_path) == own
-    assert sources.download_bytes(local) == 0
-    sources.download(local, own)
-    sources.evict(own)
-    assert sorted(f.name for f in own.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-
-
 def test_a_download_that_is_stopped(serve: Serve, tmp_path: Path) -> None:
     serve(speed=1 << 19)
     stop = Event()
@@ -419,61 +327,3 @@ def test_a_download_that_is_stopped(serve: Serve, tmp_path: Path) -> None:
     with pytest.raises(HubError, match="stopped"):
         hub.download(listed(), tmp_path / "x", stop)
     assert "model.safetensors" not in names(tmp_path / "x")
-
-
-# --- the catalogue ---
-
-
-def test_every_fault_is_a_finding_and_the_others_go_on(serve: Serve, folder: Path, tmp_path: Path) -> None:
-    serve(Fault("unavailable", TREE), Fault("missing revision", "specimen/seed0@step1/tree"))
-    store = open_root(tmp_path)
-    found = catalogue(store, "tiny", SOURCE, None)
-    assert [c.revision for c in found.sound] == ["step2"]
-    rows = {row["revision"]: row for row in store.table("findings").to_pylist() if row["revision"]}
-    assert {name: (row["kind"], row["severity"]) for name, row in rows.items()} == {
-        "step0": ("unreachable", "error"),
-        "step1": ("damaged", "error"),
-    }
-    assert found.reasons["seed0/step1"].endswith("the commit is not there (404)")
-    assert set(found.excluded) == {("seed0", 0), ("seed0", 1)}
-
-
-def test_branches_without_weights_and_with_missing_shards(
-    serve: Serve, tmp_path: Path, write_checkpoint: WriteCheckpoint
-) -> None:
-    """EleutherAI/pythia issue 202: three steps of the 410m seeds have branches without weights."""
-    for step in (1, 2, 3, 4, 5):
-        write_checkpoint(tmp_path / "seed0" / f"step{step}", seed=step, shards=3 if step == 4 else 1)
-    (tmp_path / "seed0" / "step2" / "model.safetensors").unlink()
-    (tmp_path / "seed0" / "step4" / "model-00002-of-00003.safetensors").unlink()
-    serve(at=tmp_path)
-    found = catalogue(open_root(tmp_path / "hub"), "tiny", SOURCE, None)
-    assert [(f.step, f.kind, f.severity) for f in found.findings] == [
-        (2, "damaged", "error"),
-        (4, "missing-shard", "error"),
-    ]
-    assert [c.step for c in found.sound] == [1, 3, 5]
-    local = catalogue(open_root(tmp_path / "dir"), "tiny", DirSource(path=str(tmp_path / "seed0")), None)
-    assert [(f.step, f.kind) for f in local.findings] == [(2, "damaged"), (4, "missing-shard")]
-
-
-def test_the_catalogue_of_a_hub_equals_that_of_its_folder(serve: Serve, folder: Path, tmp_path: Path) -> None:
-    serve()
-    rows = {}
-    for name, source in (("hub", SOURCE), ("dir", DirSource(path=str(folder)))):
-        store = open_root(tmp_path / name)
-        found = catalogue(store, "tiny", source, "1,2")
-        rows[name] = store.table("checkpoints").to_pylist()
-        known = sources.recorded(store, "tiny")
-        assert {c.label: c for c in found.checkpoints} == {c.label: c for c in known.values()}
-        again = catalogue(store, "tiny", source, "1,2")
-        assert (again.checkpoints, again.findings) == (found.checkpoints, found.findings)
-        assert store.table("checkpoints").to_pylist() == rows[name]
-    own = {"commit", "location", "fingerprint", "dtype", "recorded_at", "text_bytes"}
-    for there, here in zip(rows["hub"], rows["dir"], strict=True):
-        assert {k: v for k, v in there.items() if k not in own} == {
-            k: v for k, v in here.items() if k not in own
-        }
-    assert [file["name"] for file in rows["hub"][0]["files"]] == [
-        f"model-0000{k}-of-00002.safetensors" for k in (1, 2)
-    ]
