@@ -32,11 +32,11 @@ class Shape:
     """Size of the series and of its models."""
 
     checkpoints: int = 12
-    width: int = 256
-    layers: int = 6
+    width: int = 128
+    layers: int = 4
     vocabulary: int = 8192
     length: int = 128
-    sequences: int = 96
+    sequences: int = 64
 
 
 def run(shape: Shape | None = None, repeats: int = 3) -> Iterator[Line]:

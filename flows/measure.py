@@ -124,9 +124,9 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
         summary.checkpoints = len(found.checkpoints)
         for finding in found.findings:
             summary.findings[finding.severity] = summary.findings.get(finding.severity, 0) + 1
-        excluded = found.excluded
+        excluded = found.reasons
         for checkpoint in found.checkpoints:
-            reason = excluded.get((checkpoint.run, checkpoint.step))
+            reason = excluded.get(checkpoint.label)
             if reason is not None:
                 record_failure(store, checkpoint, None, f"excluded by the audit: {reason}")
                 summary.failed.append(checkpoint.label)

@@ -22,7 +22,6 @@ from filelock import FileLock
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from storage.errors import DamagedCheckpointError, HubError, UsageError
-from storage.errors import first_line as first_line
 from storage.keys import text_digests, weights_sha256
 from storage.series import Checkpoint, HubSource, WeightFile, parse_name
 from storage.transfer import RemoteFile, endpoint, fetch, first_bytes, get_pages, part_of

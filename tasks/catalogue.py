@@ -26,12 +26,6 @@ class Catalogue:
         return {f"{f.run}/{f.revision}": f.detail for f in self.findings if f.severity == "error"}
 
     @property
-    def excluded(self) -> dict[tuple[str, int], str]:
-        """The same by (run, step)."""
-        reasons = self.reasons
-        return {(c.run, c.step): reasons[c.label] for c in self.checkpoints if c.label in reasons}
-
-    @property
     def sound(self) -> list[Checkpoint]:
         """Checkpoints that may be measured."""
         reasons = self.reasons

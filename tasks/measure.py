@@ -19,8 +19,7 @@ from analyzers.reductions import Spec
 from analyzers.reductions import State as ReductionState
 from analyzers.registry import find
 from analyzers.runner import batches, run_pass
-from storage.errors import OntogenyError
-from storage.hub import first_line
+from storage.errors import OntogenyError, first_line
 from storage.keys import canonical_json, result_key
 from storage.probe import Probe, ProbeConfig
 from storage.series import Checkpoint

@@ -37,7 +37,9 @@ _NAMES = {name: metric for metric, (names, _, _) in KNOWN.items() for name in na
 _TOKENS = ("tokens", "num_input_tokens_seen")
 # Neither measurements nor of one step: speeds, and a Trainer's summary at the end.
 _DROPPED = {"step", "epoch", "total_flos", *_TOKENS}
-_SPEED = re.compile(r"(?:\w+_)?(?:runtime|(?:samples|steps|tokens)_per_second)")
+_SPEED = re.compile(
+    r"(?:\w+_)?(?:runtime|(?:preparation|compilation)_time|(?:samples|steps|tokens)_per_second)"
+)
 
 
 @dataclass

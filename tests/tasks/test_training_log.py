@@ -1,11 +1,13 @@
 """Training logs: what is read, kept and stored, and that storing again changes nothing."""
 
+import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
 from storage.series import DirSource, HubSource
 from storage.store import Store
@@ -28,6 +30,7 @@ HISTORY: list[dict[str, Any]] = [
         "eval_loss": 3.125,
         "eval_accuracy": 0.5,
         "eval_runtime": 1.5,
+        "eval_model_preparation_time": 0.001,
         "eval_samples_per_second": 9.0,
         "eval_steps_per_second": 2.0,
         "step": 500,
@@ -45,7 +48,8 @@ HISTORY: list[dict[str, Any]] = [
 
 
 def state(history: list[dict[str, Any]]) -> str:
-    return json.dumps({"epoch": 1.0, "global_step": 500, "log_history": history})
+    # TrainerState.save_to_json without a file.
+    return json.dumps(dataclasses.asdict(TrainerState(epoch=1.0, global_step=500, log_history=history)))
 
 
 def test_a_trainer_state() -> None:

@@ -171,6 +171,24 @@ def test_steps_that_nobody_measured_break_no_line(tmp_path: Path) -> None:
     assert collect(store, "s").runs[0].steps == [0, 2, 4]
 
 
+def test_a_training_log_breaks_no_line_and_measures_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = [{"step": s, "analyzer": "a", "metric": "m", "value": 1.0, "n": 9} for s in (0, 2, 4)]
+    store.write("metrics", rows, series="s", run="r", name="x")
+    logs = [
+        {"step": s, "analyzer": "training_log", "metric": "train_loss", "value": 5.0 - s} for s in range(6)
+    ]
+    for run in ("r", "unmeasured"):
+        logs = [row | {"protocol": json.dumps({"analyzer": "training_log", "log": run})} for row in logs]
+        store.write("metrics", logs, series="s", run=run, name="log")
+    data = collect(store, "s")
+    assert [(run.name, run.steps) for run in data.runs] == [("r", [0, 2, 4])]
+    assert [t.values for t in data.trajectories] == [[[1.0, 1.0, 1.0]], [[5.0, 3.0, 1.0]]]
+    assert data.measured_checkpoints == {("r", 0), ("r", 2), ("r", 4)}
+    assert "protocol" not in " ".join(_sentences(store, "s")["Data quality"])
+    assert "train_loss" in render_report(store, "s")
+
+
 def test_values_that_are_not_finite_are_absent(tmp_path: Path) -> None:
     store = Store(tmp_path)
     values = [1 / 3, float("inf"), float("nan"), None]
