@@ -26,6 +26,7 @@ from storage.keys import LFS_BYTES, LFS_SUFFIXES
 _CHUNK = 1 << 20
 # Smaller where the speed is limited, so that bytes come evenly.
 _SLOW_CHUNK = 1 << 14
+_CATCH_UP = 0.05
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,9 @@ class Mirror(ThreadingHTTPServer):
             self.bytes_served[path] += count
             if self._speed is None:
                 return
-            # One line for all connections: each takes its place behind the others.
-            self._free_at = max(self._free_at, time.monotonic()) + count / self._speed
+            # One line for all connections: each takes its place behind the others. What a busy machine
+            # sends late may be made up for within a moment, as a real link's buffers would.
+            self._free_at = max(self._free_at, time.monotonic() - _CATCH_UP) + count / self._speed
             wait = self._free_at - time.monotonic()
         time.sleep(max(wait, 0.0))
 

@@ -1,5 +1,6 @@
 """Measuring a hub series end to end: the same rows as from folders, faults, budget, two processes, kills."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +64,47 @@ def test_hub_and_folder_give_the_same_rows(hub: Mirror, from_folder: Path, cli: 
     assert not list((tmp_path / "scratch").rglob("*.safetensors"))
     again = cli(*hub_arguments(tmp_path))
     assert "All 6 checkpoints were already there; nothing was measured anew." in again.stdout
+
+
+def test_dry_run_says_what_would_be_downloaded(hub: Mirror, cli: Cli, tmp_path: Path) -> None:
+    done = cli(*hub_arguments(tmp_path, "--steps", "0,1", "--dry-run"))
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 checkpoints to measure" in done.stdout
+    assert not list((tmp_path / "scratch").rglob("*.safetensors"))
+    assert not any(path.suffix == ".safetensors" for path in hub.bytes_served)
+
+
+def test_a_specimen_is_served_as_a_hub(
+    tiny_series: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = json.loads((tiny_series / "specimen.json").read_text())["recipe"]
+    settings = [f"{key}={value}" for key, value in recipe.items() if key != "threads"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "specimen",
+        "--out",
+        str(tiny_series),
+        "--seeds",
+        "2",
+        "--serve",
+    ]
+    with subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True) as served:
+        try:
+            assert served.stdout is not None
+            lines = [served.stdout.readline() for _ in range(2)]
+            while "HF_ENDPOINT=" not in lines[-1]:
+                assert lines[-1], lines
+                lines.append(served.stdout.readline())
+            url = lines[-1].split()[0].partition("=")[2]
+            with urllib.request.urlopen(f"{url}/api/models/specimen/seed1/refs", timeout=10) as answer:
+                branches = {branch["name"] for branch in json.load(answer)["branches"]}
+        finally:
+            served.send_signal(signal.SIGINT)
+    assert branches == {"step0", "step1", "step2", "step4", "step6", "step8"}
+    assert served.returncode == 0
 
 
 def test_three_broken_checkpoints_are_named_and_the_others_measured(
