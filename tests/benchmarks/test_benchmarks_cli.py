@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
+from benchmarks import prefetch
 from benchmarks.one_pass import Shape, forward_flops, gram_flops, run
 from benchmarks.page import render
 from benchmarks.timing import Line, alternate
@@ -37,14 +38,14 @@ def lines() -> list[Line]:
 def test_the_command_lists_its_benchmarks() -> None:
     command = [sys.executable, "-m", "benchmarks", "--list"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "one_pass\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one_pass\nprefetch\n", "")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["two_pass"], "there is no benchmark 'two_pass'; known: all, one_pass\n"),
-        ([], "no benchmark is named; known: all, one_pass\n"),
+        (["two_pass"], "there is no benchmark 'two_pass'; known: all, one_pass, prefetch\n"),
+        ([], "no benchmark is named; known: all, one_pass, prefetch\n"),
     ],
 )
 def test_an_unknown_name_is_bad_usage(
@@ -110,3 +111,12 @@ def test_the_page_shows_every_line(
     for line in lines:
         assert f"| {line.name} | {line.ratio:.3f} | not set |" in page
         assert line.date[:10] in page
+
+
+def test_prefetch_measures_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "")  # the benchmark sets it
+    shape = prefetch.Shape(checkpoints=3, width=32, layers=1, vocabulary=256, length=16, sequences=8)
+    (line,) = prefetch.run(shape, repeats=1)
+    assert line.limit["ratio"] == pytest.approx(4 / 3)
+    assert line.notes["sum"] == pytest.approx(line.notes["download_alone"] + line.notes["measure_alone"])
+    assert line.ratio == pytest.approx(line.seconds["ours"].median / line.seconds["against"].median)
