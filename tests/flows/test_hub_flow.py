@@ -1,5 +1,6 @@
 """Measuring a hub series end to end: the same rows as from folders, faults, budget, two processes, kills."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -45,13 +46,13 @@ def hub_arguments(root: Path, *more: str) -> list[str]:
     return ["measure", "hub:specimen/seed0", "--root", str(root), "--set", "name=tiny", *TINY, *more]
 
 
-def scratch_bytes(root: Path) -> int:
+def scratch_bytes(root: Path, folder: str = "") -> int:
+    """Bytes under ROOT/scratch now; what is evicted while we look counts nothing."""
     total = 0
-    for path in (root / "scratch").rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue  # evicted while we looked
+    for parent, _, names in os.walk(root / "scratch" / folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).stat().st_size
     return total
 
 
@@ -132,10 +133,7 @@ def test_disk_in_use_stays_within_the_budget(hub: Mirror, cli: Cli, tmp_path: Pa
 
     def watch() -> None:
         while not stop.wait(0.001):
-            most[0] = max(most[0], scratch_bytes(tmp_path) - tokenizers(tmp_path))
-
-    def tokenizers(root: Path) -> int:
-        return sum(p.stat().st_size for p in (root / "scratch" / "tokenizers").rglob("*") if p.is_file())
+            most[0] = max(most[0], scratch_bytes(tmp_path, "tiny"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -189,9 +187,7 @@ def test_kill_in_a_download_then_again_equals_undisturbed(
     with Mirror(repositories(tiny_series, "specimen"), bytes_per_second=400_000) as slow:
         first = subprocess.Popen(command, env=environment | {"HF_ENDPOINT": slow.url})
         deadline = time.monotonic() + 120
-        while not [
-            p for p in (root / "scratch" / "tiny").rglob("*") if p.is_file() and p.stat().st_size > 50_000
-        ]:
+        while scratch_bytes(root, "tiny") < 100_000:
             assert time.monotonic() < deadline
             assert first.poll() is None
             time.sleep(0.005)

@@ -92,7 +92,7 @@ def test_dry_run_says_what_is_missing(undisturbed: Path, tiny_series: Path, cli:
     parameters = ("--set", "measure.parameters.spectra.tokens=last")
     done = cli("measure", f"dir:{tiny_series}", "--root", str(undisturbed), "--dry-run", *TINY, *parameters)
     assert "12 of 12 checkpoints to measure" in done.stdout
-    assert "0.00 GB of them to download" in done.stdout.replace("\n", " ")
+    assert "0.00 GB of them to download" in " ".join(done.stdout.split())
     assert "Forward passes: about 0:00:00 on this machine" in done.stdout
     assert "spectra" in done.stdout
     assert "weights" not in done.stdout.replace("of weights to read", "")

@@ -77,7 +77,7 @@ def test_every_fault_is_a_finding_and_the_others_go_on(
         "step1": ("damaged", "error"),
     }
     assert found.reasons["seed0/step1"].endswith("the commit is not there (404)")
-    assert set(found.excluded) == {("seed0", 0), ("seed0", 1)}
+    assert set(found.reasons) == {"seed0/step0", "seed0/step1"}
 
 
 def test_branches_without_weights_and_with_missing_shards(

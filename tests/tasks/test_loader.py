@@ -59,8 +59,12 @@ def test_the_example_of_the_manual_is_measured(example: dict[str, str], here: Pa
     assert found.sound[1].weights_sha256 == file_sha256(weights)
     job = job_of(config, root)
     for checkpoint in found.sound:
-        assert measure(job, checkpoint) == {"keys_computed": 4, "forward_passes": 1, "failures": 0}
-        assert measure(job, checkpoint)["keys_computed"] == 0
+        assert measure(job, checkpoint, Path(checkpoint.location)) == {
+            "keys_computed": 4,
+            "forward_passes": 1,
+            "failures": 0,
+        }
+        assert measure(job, checkpoint, Path(checkpoint.location))["keys_computed"] == 0
     rows = store.table("metrics").to_pandas()
     assert set(rows["analyzer"]) == set(config.measure.analyzers)
     assert rows["protocol"].str.contains('"loader":"my_model:load"').all()
@@ -193,8 +197,8 @@ def test_a_failing_loader_is_a_failure_of_the_checkpoint(example: dict[str, str]
     first, second = catalogue(store, config.name, config.source, None).sound
     (here / "my_runs" / "seed0" / "step0" / "weights.pt").write_bytes(b"cut short")
     job = job_of(config, store.root)
-    assert measure(job, first)["failures"] == 1
-    assert measure(job, second)["failures"] == 0
+    assert measure(job, first, Path(first.location))["failures"] == 1
+    assert measure(job, second, Path(second.location))["failures"] == 0
     (failure,) = store.table("failures").to_pylist()
     assert failure["step"] == 0
     assert failure["error"].startswith("loader 'my_model:load' failed on 'step0': UnpicklingError")
