@@ -9,9 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event
@@ -270,26 +268,6 @@ def evict(folder: Path) -> None:
 def folder_of(checkpoint: Checkpoint, scratch: Path) -> Path:
     """Where a checkpoint is downloaded to."""
     return scratch / checkpoint.series / checkpoint.run / checkpoint.revision
-
-
-@contextmanager
-def fetched_hub(checkpoint: Checkpoint, scratch: Path) -> Iterator[Path]:
-    """Download a checkpoint into ``scratch``, yield its folder, and delete it afterwards.
-
-    Raises:
-        HubError: the Hub did not answer; what has come is kept for the next call.
-        DamagedCheckpointError: what the Hub serves is not what its metadata say.
-    """
-    folder = folder_of(checkpoint, scratch)
-    try:
-        download(checkpoint, folder)
-    except DamagedCheckpointError:
-        evict(folder)
-        raise
-    try:
-        yield folder
-    finally:
-        evict(folder)
 
 
 def fetch_texts(checkpoint: Checkpoint, scratch: Path) -> Path:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from storage.errors import DamagedCheckpointError as DamagedCheckpointError
-from storage.errors import UsageError
+from storage.errors import DamagedCheckpointError, UsageError
 from storage.keys import check_name, digest, file_sha256, hub_digest, text_digests
 from storage.series import Checkpoint, DirSource, WeightFile, parse_name
 

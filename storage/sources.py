@@ -1,7 +1,5 @@
 """One way to reach checkpoints, wherever they lie."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -79,20 +77,6 @@ def download(checkpoint: Checkpoint, folder: Path, stop: Event | None = None) ->
 def evict(folder: Path) -> None:
     """Delete a folder that :func:`download` made; any other is left alone."""
     hub.evict(folder)
-
-
-@contextmanager
-def fetched(checkpoint: Checkpoint, scratch: Path) -> Iterator[Path]:
-    """The folder of a checkpoint: its own, or a download that is deleted afterwards.
-
-    Raises:
-        HubError, DamagedCheckpointError: the download failed.
-    """
-    if checkpoint.commit is None:
-        yield Path(checkpoint.location)
-        return
-    with hub.fetched_hub(checkpoint, scratch) as folder:
-        yield folder
 
 
 def tokenizer_folder(checkpoint: Checkpoint, scratch: Path) -> Path:

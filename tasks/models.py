@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from analyzers.adapters import Adapter, Model
 from analyzers.base import WeightMatrices
 from analyzers.families import Family, family_of
-from storage.errors import UsageError
+from storage.errors import DamagedCheckpointError, UsageError
 from storage.keys import digest, file_sha256
-from storage.local import DamagedCheckpointError, safetensors_header, weight_names
+from storage.local import safetensors_header, weight_names
 from storage.probe import Probe, ProbeConfig, build_probe
 from tasks.loader import OwnWeights, load_own
 

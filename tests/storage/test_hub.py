@@ -45,9 +45,11 @@ for checkpoint in found:
     except OntogenyError as error:
         described[checkpoint.label] = str(error)
 sharded = {c.label: c for c in found}["seed0/step2"]
-with hub.fetched_hub(sharded, scratch) as folder:
-    fetched = {f.name: f.read_bytes().hex() for f in folder.iterdir() if f.name[0] != "."}
-    where = str(folder)
+folder = hub.folder_of(sharded, scratch)
+hub.download(sharded, folder)
+fetched = {f.name: f.read_bytes().hex() for f in folder.iterdir() if f.name[0] != "."}
+where = str(folder)
+hub.evict(folder)
 texts = hub.fetch_texts(sharded, scratch)
 known = hub.describe_hub(sharded).model_copy(update={"commit": "pinned", "tokens": None})
 print(json.dumps({

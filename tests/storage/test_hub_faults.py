@@ -284,9 +284,6 @@ def test_a_digest_that_stays_wrong_leaves_nothing_behind(
     )
     assert mirror.ranges(WEIGHTS) == [None, None]
     assert set(names(tmp_path / "x")) <= {"config.json", "tokenizer.json"}
-    with pytest.raises(DamagedCheckpointError), hub.fetched_hub(checkpoint, tmp_path / "scratch"):
-        raise AssertionError("it must not be yielded")
-    assert not list((tmp_path / "scratch").rglob("*.safetensors"))
 
 
 def test_a_pointer_served_in_place_of_weights(serve: Serve, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 from storage_support import WriteCheckpoint
 
 from flows.config import resolve
-from storage.errors import UsageError
+from storage.errors import DamagedCheckpointError, UsageError
 from storage.keys import file_sha256
-from storage.local import DamagedCheckpointError, describe_folder, list_folder, weight_names
+from storage.local import describe_folder, list_folder, weight_names
 from storage.series import Checkpoint, DirSource
 
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from analyzers.families import UnknownFamilyError
 from analyzers.reductions import LossSpec
 from analyzers.runner import batches, run_pass
-from storage.local import DamagedCheckpointError
+from storage.errors import DamagedCheckpointError
 from tasks.models import CheckpointWeights, load_adapter, load_model, open_weights
 
 TOKENS = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(3))
