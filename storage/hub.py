@@ -21,6 +21,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from storage.errors import DamagedCheckpointError, HubError, UsageError
 from storage.keys import text_digests, weights_sha256
+from storage.local import HEADER_LIMIT
 from storage.series import Checkpoint, HubSource, WeightFile, parse_name
 from storage.transfer import RemoteFile, endpoint, fetch, first_bytes, get_pages, part_of
 
@@ -33,7 +34,6 @@ _CONNECTIONS = 4
 # In every folder that a download made: nothing else is ever evicted.
 _OURS = ".ontogeny-download"
 _HEADER_GUESS = 1 << 16
-_HEADER_LIMIT = 100_000_000
 
 
 def list_hub(series: str, source: HubSource) -> tuple[list[Checkpoint], list[str]]:
@@ -183,7 +183,7 @@ def _stored_dtype(checkpoint: Checkpoint, name: str) -> str | None:
     url, what = _address(checkpoint, name), f"{checkpoint.label}: the header of {name!r} was not read"
     data = first_bytes(url, _HEADER_GUESS, what)
     length = int.from_bytes(data[:8], "little")
-    if not 0 < length <= _HEADER_LIMIT:
+    if not 0 < length <= HEADER_LIMIT:
         raise DamagedCheckpointError(f"{checkpoint.label}: {name!r} is no safetensors file")
     if len(data) < 8 + length:
         data = first_bytes(url, 8 + length, what)

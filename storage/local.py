@@ -14,11 +14,9 @@ from storage.series import Checkpoint, DirSource, WeightFile, parse_name
 SINGLE_RUN = "run-0"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
-_LFS = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 # The longest header that safetensors itself accepts.
-_HEADER_LIMIT = 100_000_000
-
-
+HEADER_LIMIT = 100_000_000
 _WILDCARDS = re.compile(r"\*|\?|\[!?[\w-]+\]")
 _WILD = {"*": ".*", "?": "."}
 
@@ -149,7 +147,7 @@ def weight_names(folder: Path, pattern: str | None = None) -> list[str]:
     names = _hf_names(folder) if pattern is None else _names_like(folder, pattern)
     for name in names:
         with (folder / name).open("rb") as stream:
-            if stream.read(len(_LFS)) == _LFS:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise DamagedCheckpointError(
                     f"{folder.name}: {name!r} is a Git LFS pointer, not weights", "lfs-pointer"
                 )
@@ -193,7 +191,7 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= min(size - 8, _HEADER_LIMIT):
+        if not 0 < length <= min(size - 8, HEADER_LIMIT):
             raise DamagedCheckpointError(f"{path.parent.name}: {path.name!r} is no safetensors file")
         try:
             header: dict[str, dict[str, Any]] = json.loads(stream.read(length))

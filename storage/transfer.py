@@ -29,11 +29,11 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from storage.errors import DamagedCheckpointError, HubError, OntogenyError, UsageError, first_line
 from storage.keys import file_sha256, git_blob_sha1
+from storage.local import LFS_POINTER
 
 T = TypeVar("T")
 Stopped = Callable[[], bool]
 
-LFS_POINTER = b"version https://git-lfs"
 # So many new bytes show that a transfer gets on, and its tries are counted anew.
 _PROGRESS = 1 << 20
 _AGAIN = (408, 429)

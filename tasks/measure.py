@@ -60,7 +60,7 @@ class MeasureJob(BaseModel):
 
 @dataclass(frozen=True)
 class Pending:
-    """One analyzer whose result on a checkpoint is not in the store yet."""
+    """One analyzer's result on a checkpoint, by its key, whether the store has it or not."""
 
     analyzer: Analyzer
     protocol: dict[str, Any]
