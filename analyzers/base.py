@@ -1,7 +1,7 @@
 """What an analyzer is: a name, a version, parameters, documented metrics, and a function to rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -35,6 +35,16 @@ class Row:
     layer: int | None = None
     head: int | None = None
     note: str | None = None
+
+
+def attempted(
+    metric: str, compute: Callable[[], float], n: int, site: str | None = None, layer: int | None = None
+) -> Row:
+    """The row of a value; where ``compute`` raises a ValueError, one without a value and with that reason."""
+    try:
+        return Row(metric, compute(), n, site, layer)
+    except ValueError as error:
+        return Row(metric, None, n, site, layer, note=str(error))
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,13 @@ class WeightMatrices(Protocol):
 
 Reference = Literal["first", "previous", "last"]
 """Another checkpoint of the run: its first, the one before, its last."""
+
+REFERENCES: Mapping[Reference, str] = {
+    "first": "the run's first checkpoint",
+    "previous": "the previous checkpoint measured",
+    "last": "the run's last checkpoint",
+}
+"""How the formulas of comparing metrics name them."""
 
 
 class Analyzer(ABC):

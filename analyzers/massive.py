@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from analyzers.adapters import Model
-from analyzers.base import ActivationAnalyzer, Metric, ModelShape, Parameters, Result, Row
+from analyzers.base import ActivationAnalyzer, Metric, ModelShape, Parameters, Result, Row, attempted
 from analyzers.extremes import TOP, ExtremesSpec, ExtremesState
 from analyzers.reductions import Spec, State
 from analyzers.registry import register
@@ -229,12 +229,10 @@ def _mode(spec: ExtremesSpec, metric: str, counts: Tensor, sequences: int) -> It
 
 
 def _growth(site: str, states: list[ExtremesState]) -> Row:
-    value, note = None, None
-    try:
-        value = rms_growth(np.array([_rms(state) for state in states]))
-    except ValueError as error:
-        note = str(error)
-    return Row("rms_growth", value, states[0].tokens, site, note=note)
+    def growth() -> float:
+        return rms_growth(np.array([_rms(state) for state in states]))
+
+    return attempted("rms_growth", growth, states[0].tokens, site)
 
 
 def _over_embedding(last: ExtremesState, embedding: ExtremesState) -> Row:

@@ -1,29 +1,25 @@
 """Whether the same channels stay the largest: overlap of the top channels with another checkpoint's."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
 from analyzers.base import (
+    REFERENCES,
     ActivationComparison,
     ComparisonParameters,
     Metric,
     ModelShape,
     Reference,
     Result,
-    Row,
+    attempted,
 )
 from analyzers.extremes import ExtremesSpec, ExtremesState
 from analyzers.reductions import Spec, State
 from analyzers.registry import register
-
-_SAYS = {
-    "first": "the run's first checkpoint",
-    "previous": "the previous checkpoint measured",
-    "last": "the run's last checkpoint",
-}
 
 
 class MassiveChannelParameters(ComparisonParameters):
@@ -55,6 +51,10 @@ def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
     return len(one & other) / len(one | other)
 
 
+def _overlap(mine: ExtremesState, theirs: ExtremesState, count: int) -> float:
+    return jaccard(top_channels(mine, count), top_channels(theirs, count))
+
+
 @register
 class MassiveChannelAnalyzer(ActivationComparison):
     """Overlap of the channels that carry the most energy after every block."""
@@ -71,7 +71,7 @@ class MassiveChannelAnalyzer(ActivationComparison):
             "0 to 1; k^2 / (d (2k - 1)) for k << d unrelated ones",
             "ours (Jaccard index); channels stay fixed by Sun et al. 2024, arXiv 2402.17762",
         )
-        for name, says in _SAYS.items()
+        for name, says in REFERENCES.items()
     )
     parameters: MassiveChannelParameters
 
@@ -93,13 +93,8 @@ class MassiveChannelAnalyzer(ActivationComparison):
             for name, found in others.items():
                 theirs = found[spec]
                 assert isinstance(theirs, ExtremesState)
-                value, note = None, None
-                try:
-                    count = self.parameters.channels
-                    value = jaccard(top_channels(mine, count), top_channels(theirs, count))
-                except ValueError as error:
-                    note = str(error)
+                overlap = partial(_overlap, mine, theirs, self.parameters.channels)
                 result.rows.append(
-                    Row(f"top_channels_overlap_{name}", value, mine.tokens, spec.site, spec.layer, note=note)
+                    attempted(f"top_channels_overlap_{name}", overlap, mine.tokens, spec.site, spec.layer)
                 )
         return result

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from pydantic import Field
 from scipy.linalg import eigh, subspace_angles
 from torch import Tensor
 
 from analyzers.base import (
+    REFERENCES,
     ActivationComparison,
     ComparisonParameters,
     Metric,
@@ -18,6 +21,7 @@ from analyzers.base import (
     Reference,
     Result,
     Row,
+    attempted,
 )
 from analyzers.reductions import Spec, State
 from analyzers.registry import register
@@ -31,6 +35,48 @@ def _cross(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:
     return float((x.T @ y).square().sum())
 
 
+@dataclass(frozen=True)
+class Representation:
+    """Rows of one checkpoint, and what every comparison with another reads of them, each computed once.
+
+    Raises:
+        ValueError: from what is read, the rows do not vary.
+    """
+
+    rows: Float[Tensor, "n width"]
+
+    @cached_property
+    def centred(self) -> Float64[Tensor, "n width"]:
+        """The rows without their mean."""
+        x = self.rows.double()
+        size = x.abs().max()
+        x = x - x.mean(0)
+        # Equal rows leave no more than the rounding of their mean.
+        if bool(x.abs().max() <= 16 * torch.finfo(torch.float64).eps * size):
+            raise ValueError("all rows are equal")
+        return x
+
+    @cached_property
+    def self_cross(self) -> float:
+        """``||X^T X||_F^2``."""
+        return _cross(self.centred, self.centred)
+
+    @cached_property
+    def self_unbiased(self) -> float:
+        """HSIC_1 with itself, up to the factor of :func:`_unbiased`."""
+        return _unbiased(self, self)
+
+    def top(self, count: int) -> Float64[Tensor, "width count"]:
+        """The first ``count`` principal directions, orthonormal."""
+        if count not in self._top:
+            self._top[count] = _top_directions(self.centred, count)
+        return self._top[count]
+
+    @cached_property
+    def _top(self) -> dict[int, Tensor]:
+        return {}
+
+
 def linear_cka(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:
     """Linear centred kernel alignment of two representations of the same ``n`` tokens.
 
@@ -41,8 +87,11 @@ def linear_cka(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:
     Raises:
         ValueError: a representation does not vary.
     """
-    x, y = _centred(x), _centred(y)
-    return _cross(x, y) / math.sqrt(_cross(x, x) * _cross(y, y))
+    return _linear_cka(Representation(x), Representation(y))
+
+
+def _linear_cka(x: Representation, y: Representation) -> float:
+    return _cross(x.centred, y.centred) / math.sqrt(x.self_cross * y.self_cross)
 
 
 def debiased_cka(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:
@@ -55,34 +104,30 @@ def debiased_cka(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:
     Raises:
         ValueError: a representation does not vary, or there are fewer than 4 tokens.
     """
-    if x.shape[0] < 4:
-        raise ValueError(f"{x.shape[0]} tokens, the unbiased estimate needs 4")
-    x, y = _centred(x), _centred(y)
-    own = _unbiased(x, x) * _unbiased(y, y)
+    return _debiased_cka(Representation(x), Representation(y))
+
+
+def _debiased_cka(x: Representation, y: Representation) -> float:
+    if x.rows.shape[0] < 4:
+        raise ValueError(f"{x.rows.shape[0]} tokens, the unbiased estimate needs 4")
+    own = x.self_unbiased * y.self_unbiased
     if own <= 0:
         raise ValueError("too few tokens: the unbiased estimate of a variance is not positive")
     return _unbiased(x, y) / math.sqrt(own)
 
 
-def _unbiased(x: Tensor, y: Tensor) -> float:
+def _unbiased(one: Representation, other: Representation) -> float:
     """HSIC_1 of centred rows, up to the factor ``1 / (n (n - 3))``."""
+    x, y = one.centred, other.centred
     n = x.shape[0]
     a, b = (x * x).sum(1), (y * y).sum(1)
     # Row sums of the Gram matrices without their diagonals.
     rows_x, rows_y = x @ x.sum(0) - a, y @ y.sum(0) - b
-    trace = _cross(x, y) - float(a @ b)
+    # Of one with itself the product is there already.
+    cross = one.self_cross if other is one else _cross(x, y)
+    trace = cross - float(a @ b)
     sums = float(rows_x.sum() * rows_y.sum()) / ((n - 1) * (n - 2))
     return trace + sums - 2 * float(rows_x @ rows_y) / (n - 2)
-
-
-def _centred(x: Tensor) -> Tensor:
-    x = x.double()
-    size = x.abs().max()
-    x = x - x.mean(0)
-    # Equal rows leave no more than the rounding of their mean.
-    if bool(x.abs().max() <= 16 * torch.finfo(torch.float64).eps * size):
-        raise ValueError("all rows are equal")
-    return x
 
 
 def top_directions(x: Float[Tensor, "n width"], top: int) -> Float[Tensor, "width top"]:
@@ -91,7 +136,10 @@ def top_directions(x: Float[Tensor, "n width"], top: int) -> Float[Tensor, "widt
     Raises:
         ValueError: the centred rows span fewer directions.
     """
-    x = _centred(x)
+    return Representation(x).top(top)
+
+
+def _top_directions(x: Tensor, top: int) -> Tensor:
     small = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
     width = small.shape[0]
     if top > width:
@@ -120,16 +168,9 @@ class SimilarityParameters(ComparisonParameters):
     top: Annotated[int, Field(description="principal directions whose rotation is measured", ge=1)] = 8
 
 
-_SAYS = {
-    "first": "the run's first checkpoint",
-    "previous": "the previous checkpoint measured",
-    "last": "the run's last checkpoint",
-}
-
-
 def _metrics() -> tuple[Metric, ...]:
     found = []
-    for name, says in _SAYS.items():
+    for name, says in REFERENCES.items():
         found += [
             Metric(
                 f"cka_{name}",
@@ -190,28 +231,27 @@ class SimilarityAnalyzer(ActivationComparison):
         """Rows of every place and reference."""
         result = Result()
         for spec in self._specs(shape):
-            x = _values(states[spec])
+            x = Representation(_values(states[spec]))
             for name, found in others.items():
-                self._compare_place(spec, name, x, _values(found[spec]), result)
+                self._compare_place(spec, name, x, Representation(_values(found[spec])), result)
         return result
 
-    def _compare_place(self, spec: SampleSpec, name: Reference, x: Tensor, y: Tensor, result: Result) -> None:
+    def _compare_place(
+        self, spec: SampleSpec, name: Reference, x: Representation, y: Representation, result: Result
+    ) -> None:
         top = self.parameters.top
         measures: dict[str, Callable[[], float]] = {
-            f"cka_{name}": lambda: linear_cka(x, y),
-            f"cka_debiased_{name}": lambda: debiased_cka(x, y),
-            f"rotation_{name}": lambda: rotation(top_directions(x, top), top_directions(y, top)),
+            f"cka_{name}": lambda: _linear_cka(x, y),
+            f"cka_debiased_{name}": lambda: _debiased_cka(x, y),
+            f"rotation_{name}": lambda: rotation(x.top(top), y.top(top)),
         }
-        finite = bool(torch.isfinite(x).all() and torch.isfinite(y).all())
+        n, finite = x.rows.shape[0], bool(torch.isfinite(x.rows).all() and torch.isfinite(y.rows).all())
         for metric, compute in measures.items():
-            value, note = None, None
-            try:
-                if not finite:
-                    raise ValueError("activations are not finite")
-                value = compute()
-            except ValueError as error:
-                note = str(error)
-            result.rows.append(Row(metric, value, x.shape[0], spec.site, spec.layer, note=note))
+            if finite:
+                result.rows.append(attempted(metric, compute, n, spec.site, spec.layer))
+            else:
+                note = "activations are not finite"
+                result.rows.append(Row(metric, None, n, spec.site, spec.layer, note=note))
 
 
 def _values(state: State) -> Tensor:

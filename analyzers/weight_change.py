@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyzers.base import (
+    REFERENCES,
     ComparisonParameters,
     Metric,
     Reference,
@@ -43,27 +44,74 @@ def changes(sums: Float[Tensor, "4"]) -> dict[str, float]:
     }
 
 
-def matched(weights: WeightMatrices, other: WeightMatrices) -> Iterator[tuple[_Place, Tensor, Tensor | None]]:
-    """(place, matrix, the other's matrix or None) of every matrix of ``weights``.
+def matched(
+    weights: WeightMatrices, others: Mapping[Reference, WeightMatrices]
+) -> Iterator[tuple[_Place, Tensor, dict[Reference, Tensor | None]]]:
+    """(place, matrix, by name the others' matrices or None) of every matrix of ``weights``.
 
-    Both are read at once, so that two tensors are in memory where the files have the same order, and only
-    those that wait for their partner where they do not.
+    All are read side by side, each once, so that one tensor of each is in memory where the files have the
+    same order, and only those that wait for their partner where they do not.
     """
-    theirs = ((site, layer, matrix) for site, layer, matrix in other.matrices())
-    waiting: dict[_Place, Tensor] = {}
+    finders = {name: _Finder(other) for name, other in others.items()}
     for site, layer, matrix in weights.matrices():
         place = (site, layer)
-        while place not in waiting:
-            found = next(theirs, None)
+        yield place, matrix, {name: finder.find(place) for name, finder in finders.items()}
+
+
+class _Finder:
+    """Reads on until a place has come; what came before it waits."""
+
+    def __init__(self, weights: WeightMatrices) -> None:
+        self._coming = weights.matrices()
+        self._waiting: dict[_Place, Tensor] = {}
+
+    def find(self, place: _Place) -> Tensor | None:
+        while place not in self._waiting:
+            found = next(self._coming, None)
             if found is None:
                 break
-            waiting[found[0], found[1]] = found[2]
-        yield place, matrix, waiting.pop(place, None)
+            self._waiting[found[0], found[1]] = found[2]
+        return self._waiting.pop(place, None)
+
+
+class _Change:
+    """The rows about one reference, gathered matrix by matrix."""
+
+    def __init__(self, name: Reference) -> None:
+        self._name = name
+        self._rows: list[Row] = []
+        self._total, self._entries = torch.zeros(4, dtype=torch.float64), 0
+        self._unmatched: list[str] = []
+
+    def add(self, place: _Place, matrix: Tensor, partner: Tensor | None) -> None:
+        if partner is None or partner.shape != matrix.shape:
+            self._unmatched.append("{} of block {}".format(*place))
+            return
+        sums = squares(matrix, partner)
+        self._total += sums
+        self._entries += matrix.numel()
+        self._put(sums, matrix.numel(), place)
+
+    def _put(self, sums: Tensor, n: int, place: _Place | tuple[None, None]) -> None:
+        self._rows += [
+            Row(f"{metric}_{self._name}", value, n, *place) for metric, value in changes(sums).items()
+        ]
+
+    def finish(self) -> list[Row]:
+        if self._unmatched:
+            raise ValueError(
+                f"the {self._name} checkpoint has no matrix like {self._unmatched[0]} "
+                f"({len(self._unmatched)} such)"
+            )
+        if not self._entries:
+            raise ValueError("the weights hold no matrix that the model's family names")
+        self._put(self._total, self._entries, (None, None))
+        return self._rows
 
 
 def _metrics() -> tuple[Metric, ...]:
     found = []
-    for name in ("first", "previous", "last"):
+    for name in REFERENCES:
         found += [
             Metric(
                 f"weight_distance_{name}",
@@ -92,31 +140,10 @@ class WeightChangeAnalyzer(WeightComparison):
 
     def compare_weights(self, weights: WeightMatrices, others: Mapping[Reference, WeightMatrices]) -> Result:
         """Rows per matrix and reference, and of all matrices together."""
-        result = Result()
-        for name, other in others.items():
-            self._compare_one(name, weights, other, result)
-        return result
-
-    @staticmethod
-    def _compare_one(name: Reference, weights: WeightMatrices, other: WeightMatrices, result: Result) -> None:
-        total, entries, unmatched = torch.zeros(4, dtype=torch.float64), 0, []
-
-        def rows(values: dict[str, float], n: int, place: _Place | tuple[None, None]) -> None:
-            for metric, value in values.items():
-                result.rows.append(Row(f"{metric}_{name}", value, n, *place))
-
-        for place, matrix, partner in matched(weights, other):
-            if partner is None or partner.shape != matrix.shape:
-                unmatched.append("{} of block {}".format(*place))
-                continue
-            sums = squares(matrix, partner)
-            total += sums
-            entries += matrix.numel()
-            rows(changes(sums), matrix.numel(), place)
-        if unmatched:
-            raise ValueError(
-                f"the {name} checkpoint has no matrix like {unmatched[0]} ({len(unmatched)} such)"
-            )
-        if not entries:
-            raise ValueError("the weights hold no matrix that the model's family names")
-        rows(changes(total), entries, (None, None))
+        if not others:
+            return Result()
+        found = {name: _Change(name) for name in others}
+        for place, matrix, partners in matched(weights, others):
+            for name, partner in partners.items():
+                found[name].add(place, matrix, partner)
+        return Result([row for change in found.values() for row in change.finish()])

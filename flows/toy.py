@@ -1,6 +1,6 @@
 """The picture of docs/toy.md: ``python -m flows.toy`` draws it and prints the numbers of its table.
 
-The SVG is written by hand: the project has no plotting library that writes files without a browser.
+The SVG is written by hand: matplotlib is there for development only.
 """
 
 from collections.abc import Sequence

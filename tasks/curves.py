@@ -1,9 +1,8 @@
 """Fit forms to the stored trajectories of a series, and store what was found in the table ``curves``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,14 +11,13 @@ import pyarrow.dataset as ds
 from jaxtyping import Float
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
 
 from analyzers.geometry import rankme_cov
 from analyzers.phases import PHASES, RULE_VERSION, Phases, PhaseSettings, find_phases, middle, pool
 from storage.errors import UsageError
-from storage.keys import digest
 from storage.store import Store, column_name
-from tasks.trajectories import PLACE, chosen_rows, place_of
+from tasks.curve_rows import TrajectoriesJob, describe_settings, identity_of, is_stored, write_rows
+from tasks.trajectories import PLACE, chosen_rows, place_of, stored_metrics
 
 PHASES_FORM = "geometric-phases"
 # Run, metric, site, layer, head.
@@ -28,16 +26,10 @@ _Place = tuple[str, str, str | None, int | None, int | None]
 _OF_SPECTRUM = {"rankme_cov": rankme_cov}
 
 
-class CurvesJob(BaseModel):
+class CurvesJob(TrajectoriesJob):
     """All that the curves of a series need; small and serialisable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    root: str
-    series: str
-    trajectories: tuple[str, ...]
     rule: PhaseSettings
-    absent: Literal["refuse", "skip"] = "refuse"
 
 
 def fit_curves(job: CurvesJob) -> dict[str, Any]:
@@ -50,21 +42,12 @@ def fit_curves(job: CurvesJob) -> dict[str, Any]:
             store and ``absent`` is ``refuse``.
     """
     store = Store(job.root)
-    view = store.table("metrics", job.series)
-    if not len(view):
-        raise UsageError(
-            f"there are no metrics of series {job.series!r} under {job.root!r}; measure it first"
-        )
-    chosen, skipped = chosen_rows(view.to_pandas(), job.trajectories, job.absent)
+    chosen, skipped = chosen_rows(stored_metrics(store, job.series), job.trajectories, job.absent)
     if chosen["head"].notna().any():
         raise UsageError("phases are those of the residual stream: a trajectory of a head has none")
     settings = {"form": PHASES_FORM, "version": RULE_VERSION, **job.rule.model_dump(mode="json")}
-    columns = ["run", "step", "tokens", *PLACE, "value", "key", "protocol"]
-    data = chosen[columns].astype(object).where(chosen[columns].notna(), None)
-    identity = digest({"settings": settings, "data": [[*row] for row in data.to_numpy()]})
-    stored = store.table("curves", job.series).to_pylist()
-    done = any(r["curve"] == identity and r["form"] == PHASES_FORM and r["run"] is None for r in stored)
-    if done or chosen.empty:
+    identity = identity_of(settings, chosen, ["tokens"])
+    if chosen.empty or is_stored(store, job.series, PHASES_FORM, identity):
         return {"curve": identity, "computed": False, "skipped": skipped}
     halves = _halves(store, job.series, chosen)
     found: dict[str | None, list[dict[str, Any]]] = {}
@@ -80,19 +63,14 @@ def fit_curves(job: CurvesJob) -> dict[str, Any]:
             str(run): dict(zip(mine["step"].astype(int), mine["tokens"], strict=True))
             for run, mine in rows.groupby("run")
         }
-        protocols = sorted({p for p in rows["protocol"] if isinstance(p, str)})
-        about = json.dumps({**settings, "protocols": [json.loads(p) for p in protocols]}, sort_keys=True)
-        mixed = ["runs were measured under different protocols"] if len(protocols) > 1 else []
+        about, mixed = describe_settings(settings, rows)
         for phases in [*runs, pool(runs, job.rule)]:
             mine = [phases] if phases.run is not None else runs
             row = dict(zip(PLACE, place_of(place), strict=True)) | _row(phases, mine, tokens)
             notes = [*phases.notes, *(mixed if phases.run is None else [])]
             row |= {"curve": identity, "settings": about, "note": "; ".join(notes) or None}
             found.setdefault(phases.run, []).append(row)
-    # The file of all runs comes last: it says that the fit is complete.
-    for run in sorted(name for name in found if name is not None):
-        store.write("curves", found[run], series=job.series, run=run, name=identity)
-    store.write("curves", found[None], series=job.series, name=identity)
+    write_rows(store, job.series, identity, found)
     return {"curve": identity, "computed": True, "skipped": skipped}
 
 

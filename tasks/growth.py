@@ -1,32 +1,25 @@
 """Fit growth curves to the stored trajectories of a series, and store them in the table ``curves``."""
 
-import json
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
 
 from analyzers.growth import GROWTH_FORM, GROWTH_VERSION, GrowthSettings
 from analyzers.growth_forms import CLASSES, FORMS, Form, Trajectory, fit_trajectory, pool
 from storage.errors import UsageError
 from storage.keys import digest
 from storage.store import Store, column_name
-from tasks.trajectories import PLACE, chosen_rows, place_of
+from tasks.curve_rows import TrajectoriesJob, describe_settings, identity_of, is_stored, write_rows
+from tasks.trajectories import PLACE, chosen_rows, place_of, stored_metrics
 
 
-class GrowthJob(BaseModel):
+class GrowthJob(TrajectoriesJob):
     """All that the growth curves of a series need; small and serialisable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    root: str
-    series: str
-    trajectories: tuple[str, ...]
     rule: GrowthSettings
-    absent: Literal["refuse", "skip"] = "refuse"
 
 
 def fit_growth_curves(job: GrowthJob) -> dict[str, Any]:
@@ -39,21 +32,12 @@ def fit_growth_curves(job: GrowthJob) -> dict[str, Any]:
             store and ``absent`` is ``refuse``.
     """
     store = Store(job.root)
-    view = store.table("metrics", job.series)
-    if not len(view):
-        raise UsageError(
-            f"there are no metrics of series {job.series!r} under {job.root!r}; measure it first"
-        )
-    chosen, skipped = chosen_rows(view.to_pandas(), job.trajectories, job.absent)
+    chosen, skipped = chosen_rows(stored_metrics(store, job.series), job.trajectories, job.absent)
     settings = {"version": GROWTH_VERSION, **job.rule.model_dump(mode="json")}
-    columns = ["run", "step", *PLACE, "value", "key", "protocol"]
-    data = chosen[columns].astype(object).where(chosen[columns].notna(), None)
-    whole = digest({"settings": settings, "data": [[*row] for row in data.to_numpy()]})
+    whole = identity_of(settings, chosen)
     curves = {form: digest({"form": form, "fit": whole}) for form in FORMS}
     identity = curves[GROWTH_FORM]
-    stored = store.table("curves", job.series).to_pylist()
-    done = any(r["curve"] == identity and r["form"] == GROWTH_FORM and r["run"] is None for r in stored)
-    if done or chosen.empty:
+    if chosen.empty or is_stored(store, job.series, GROWTH_FORM, identity):
         return {"curve": identity, "computed": False, "skipped": skipped}
     found: dict[str | None, list[dict[str, Any]]] = {}
     for group, rows in chosen.groupby(PLACE, dropna=False, sort=True):
@@ -70,21 +54,16 @@ def fit_growth_curves(job: GrowthJob) -> dict[str, Any]:
             ]
         except ValueError as error:
             raise UsageError(f"growth of {column_name(*place)}: {error}") from None
-        protocols = sorted({p for p in rows["protocol"] if isinstance(p, str)})
-        about = json.dumps({**settings, "protocols": [json.loads(p) for p in protocols]}, sort_keys=True)
+        about, mixed = describe_settings(settings, rows)
         common = {**dict(zip(PLACE, place, strict=True)), "settings": about}
         for run in runs:
             found.setdefault(run.run, []).extend(
                 common | row | {"curve": curves[row["form"]]} for row in _rows(run)
             )
-        mixed = ["runs were measured under different protocols"] if len(protocols) > 1 else []
         found.setdefault(None, []).append(
             common | _pooled(pool(runs, job.rule), runs, mixed) | {"curve": identity}
         )
-    # The file of all runs comes last: it says that the fit is complete.
-    for name in sorted(run for run in found if run is not None):
-        store.write("curves", found[name], series=job.series, run=name, name=identity)
-    store.write("curves", found[None], series=job.series, name=identity)
+    write_rows(store, job.series, identity, found)
     return {"curve": identity, "computed": True, "skipped": skipped}
 
 

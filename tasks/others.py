@@ -30,10 +30,10 @@ def others_of(
     result: dict[str, dict[Reference, Checkpoint]] = {c.label: {} for c in found.sound}
     if not names:
         return result
+    listed = by_run(found.listed)
     for run, chosen in by_run(found.sound).items():
-        listed = by_run(found.listed)[run]
         ends: dict[Reference, Checkpoint | None] = {}
-        for name, end in (("first", listed[0]), ("last", listed[-1])):
+        for name, end in (("first", listed[run][0]), ("last", listed[run][-1])):
             if name in names:
                 ends[name] = _described(store, found, source, end)
         for checkpoint in chosen:

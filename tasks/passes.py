@@ -51,7 +51,6 @@ class Passes:
 
     Readers with tokens of their own share a pass where the tokens are equal.
 
-
     ``wanted`` are all that the job names, those whose results are there too. Where attention is looked at, it
     is computed by another function, equal up to rounding; so that a result does not depend on which others
     were missing, that function runs whenever the job names an analyzer of attention.

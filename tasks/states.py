@@ -11,7 +11,7 @@ from storage.errors import UsageError
 from storage.keys import digest
 from storage.store import Store
 from tasks.drivers import store_map
-from tasks.trajectories import select_trajectories, transforms_of
+from tasks.trajectories import select_trajectories, stored_metrics, transforms_of
 
 
 class StatesJob(BaseModel):
@@ -37,12 +37,7 @@ def fit_series(job: StatesJob) -> dict[str, Any]:
         UsageError: there are no metrics, a trajectory is not in the store, or the data cannot be fitted.
     """
     store = Store(job.root)
-    view = store.table("metrics", job.series)
-    if not len(view):
-        raise UsageError(
-            f"there are no metrics of series {job.series!r} under {job.root!r}; measure it first"
-        )
-    metrics = view.to_pandas()
+    metrics = stored_metrics(store, job.series)
     chosen = select_trajectories(metrics, job.trajectories)
     identity = digest(
         {

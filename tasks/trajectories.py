@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from storage.errors import UsageError
-from storage.store import column_name
+from storage.store import Store, column_name
 
 # A metric may be an imported one, so its name is anything but a bracket.
 _NAME = re.compile(
@@ -30,6 +30,18 @@ class Name:
     site: str | None
     layer: str | None
     head: str | None
+
+
+def stored_metrics(store: Store, series: str) -> pd.DataFrame:
+    """The metrics table of a series.
+
+    Raises:
+        UsageError: it has no rows.
+    """
+    view = store.table("metrics", series)
+    if not len(view):
+        raise UsageError(f"there are no metrics of series {series!r} under {store.root!r}; measure it first")
+    return view.to_pandas()
 
 
 def select_trajectories(metrics: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -64,16 +64,28 @@ def test_a_ratio_without_denominator_is_no_number() -> None:
 
 def test_files_of_another_order_are_matched_by_place() -> None:
     places = [("mlp.up", layer, torch.full((2, 2), float(layer))) for layer in range(4)]
-    found = list(matched(Weights(*places), Weights(*reversed(places))))
+    found = list(matched(Weights(*places), {"first": Weights(*reversed(places))}))
     assert [place for place, _, _ in found] == [("mlp.up", layer) for layer in range(4)]
-    assert all(other is not None and torch.equal(mine, other) for _, mine, other in found)
+    others = [other["first"] for *_, other in found]
+    assert all(
+        other is not None and torch.equal(mine, other)
+        for (_, mine, _), other in zip(found, others, strict=True)
+    )
 
 
 def test_both_are_read_side_by_side() -> None:
     one = Weights(*[("mlp.up", layer, torch.ones(2, 2)) for layer in range(9)])
     other = Weights(*[("mlp.up", layer, torch.ones(2, 2)) for layer in range(9)])
-    for _ in matched(one, other):
+    for _ in matched(one, {"first": other}):
         assert abs(one.read - other.read) <= 1
+
+
+def test_several_references_read_every_file_once() -> None:
+    places = [("mlp.up", layer, torch.ones(2, 2)) for layer in range(3)]
+    one, first, previous = (Weights(*places) for _ in range(3))
+    rows = WeightChangeAnalyzer().compare_weights(one, {"first": first, "previous": previous}).rows
+    assert (one.read, first.read, previous.read) == (3, 3, 3)
+    assert [row.metric.rpartition("_")[2] for row in rows] == ["first"] * 12 + ["previous"] * 12
 
 
 def test_a_matrix_without_partner_is_an_error() -> None:
