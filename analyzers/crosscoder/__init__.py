@@ -1,0 +1,1 @@
+"""Cross-snapshot crosscoders: one dictionary over the activations of several checkpoints."""
