@@ -67,7 +67,7 @@ class Crosscoder:
 
     def strengths(self) -> Float[Tensor, "latents snapshots"]:
         """Norm of every latent's decoder at every snapshot, in units of scaled activations."""
-        return torch.linalg.vector_norm(self.decoder.view(self.latents, self.snapshots, self.width), dim=2)
+        return self.decoder.view(self.latents, self.snapshots, self.width).square().sum(dim=2).sqrt()
 
     def before_gate(self, rows: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch latents"]:
         """``relu(encoder x + encoder_bias)`` of scaled activations."""

@@ -17,7 +17,7 @@ def two_latents(gate: Gate, threshold: float) -> Crosscoder:
 
 
 def test_strengths_are_the_norms_by_snapshot() -> None:
-    assert two_latents("shared", 0).strengths().tolist() == [[3.0, 1.0], [0.5, 0.25]]
+    assert two_latents("shared", 0.0).strengths().tolist() == [[3.0, 1.0], [0.5, 0.25]]
 
 
 def test_the_shared_gate_sums_the_norms() -> None:
@@ -39,4 +39,4 @@ def test_a_gate_per_snapshot_opens_where_its_own_norm_suffices() -> None:
 
 
 def test_what_is_below_zero_is_not_active() -> None:
-    assert two_latents("shared", 0).encode(torch.tensor([[-1.0, 0, 0, 0]])).tolist() == [[0.0, 0.0]]
+    assert two_latents("shared", 0.0).encode(torch.tensor([[-1.0, 0, 0, 0]])).tolist() == [[0.0, 0.0]]
