@@ -1,14 +1,11 @@
 """TwoNN intrinsic dimension of a sample: of the whole, and inside the neighbourhood of every point."""
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from analyzers.neighbours import BLOCK, direct_distances
+from analyzers.neighbours import two_nearest
 
-# How far into the list of a point's neighbours to look for members of a neighbourhood: half of all points
-# have two among the first 8 to 16, nearly all among the first 64.
-_DEPTHS = (16, 64)
 # Distances are right to 1e-8: ratios nearer to 1 than this are rounding, and would fit a dimension above 1e7.
 _EQUAL = 1e-7
 
@@ -55,71 +52,17 @@ def local_dimensions(
     distance: Float64[Tensor, "n k"],
     index: Int64[Tensor, "n k"],
     discard: float = 0.1,
-    block: int = BLOCK,
 ) -> Float64[Tensor, "n"]:
     """TwoNN dimension inside the neighbourhood of every point; nan where it has none.
 
     The neighbourhood is the ``k`` nearest other points; the point itself is not in it, and neighbours of its
     members are sought in it alone (arXiv 2506.01034; the same as scikit-dimension's ``fit_pw``).
 
-    A member's own list of neighbours is ascending, so the first two entries that are members too are its two
-    nearest ones in the neighbourhood: they are looked up, not computed. Only where the list holds fewer than
-    two are the distances to all members computed. That takes ``n k 16`` look-ups instead of the
-    ``2 n k^2 width`` operations of all distances within the neighbourhoods.
-
     Args:
         rows: the sample.
         distance: distances to the ``k`` nearest other rows, ascending.
         index: the numbers of these rows.
         discard: share of the largest ratios to leave out.
-        block: numbers in a block of work.
     """
-    n, k = index.shape
-    out = distance.new_empty(n)
-    step = max(1, block // max(n, k * min(k, _DEPTHS[0])))
-    for start in range(0, n, step):
-        members = index[start : start + step]
-        inside = torch.zeros(len(members), n, dtype=torch.bool, device=index.device)
-        inside.scatter_(1, members, True)
-        first, second = _two_nearest(rows, members, inside, distance, index, block)
-        out[start : start + step] = twonn(second / first, discard)
-    return out
-
-
-def _two_nearest(
-    rows: Float[Tensor, "n width"],
-    members: Int64[Tensor, "sets k"],
-    inside: Bool[Tensor, "sets n"],
-    distance: Float64[Tensor, "n k"],
-    index: Int64[Tensor, "n k"],
-    block: int,
-) -> tuple[Float64[Tensor, "sets k"], Float64[Tensor, "sets k"]]:
-    """Distances of every member of a set to the nearest and the second nearest other member."""
-    n, k = index.shape
-    first, second = (distance.new_empty(members.numel()) for _ in range(2))
-    member = members.flatten()
-    base = torch.arange(len(members), device=index.device).repeat_interleave(k) * n
-    flat = inside.flatten()
-    pending = torch.arange(len(member), device=index.device)
-    for depth in (*(each for each in _DEPTHS if each < k), k):
-        step = max(1, block // depth)
-        left = []
-        for part in torch.split(pending, step):
-            point = member[part]
-            hits = flat[index[point, :depth] + base[part, None]].byte()
-            nearest = hits.argmax(dim=1, keepdim=True)
-            one = hits.gather(1, nearest)
-            hits.scatter_(1, nearest, 0)
-            next_nearest = hits.argmax(dim=1, keepdim=True)
-            found = (one & hits.gather(1, next_nearest)).flatten().bool()
-            first[part] = distance[point, nearest[:, 0]]
-            second[part] = distance[point, next_nearest[:, 0]]
-            left.append(part[~found])
-        pending = torch.cat(left)
-    for part in torch.split(pending, max(1, block // k)):
-        others = members[part // k]
-        point = member[part, None].expand_as(others)
-        gaps = direct_distances(rows, point.flatten(), others.flatten(), block).view_as(others)
-        two = gaps.where(others != point, torch.inf).topk(2, largest=False).values
-        first[part], second[part] = two.unbind(1)
-    return first.view_as(members), second.view_as(members)
+    first, second, _ = two_nearest(rows, distance, index)
+    return twonn(second / first, discard)

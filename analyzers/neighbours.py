@@ -1,16 +1,20 @@
 """Nearest neighbours of sampled tokens: exact Euclidean distances, in blocks of bounded memory."""
 
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-# Numbers in one block of work: 16 MB in float64.
+from analyzers.neighbour_loops import nearest_of_block, two_nearest_inside
+
+# Numbers in one block of work: 8 MB in float32.
 BLOCK = 1 << 21
-# Relative error of a squared distance above which it is computed again, directly.
-_TOLERANCE = 1e-8
-_UNIT = 2.0**-53
+_UNIT = 2.0**-24
+_TINY = 2.0**-125
 
 
 def distinct(rows: Float[Tensor, "n width"]) -> Int64[Tensor, "kept"]:
@@ -21,34 +25,20 @@ def distinct(rows: Float[Tensor, "n width"]) -> Int64[Tensor, "kept"]:
     return torch.tensor(list(seen.values()), dtype=torch.int64)
 
 
-def direct_distances(
-    rows: Float[Tensor, "n width"],
-    one: Int64[Tensor, "pairs"],
-    other: Int64[Tensor, "pairs"],
-    block: int = BLOCK,
-) -> Float64[Tensor, "pairs"]:
-    """Distances of pairs of rows from their differences in float64: nothing cancels, whatever the mean is."""
-    out = torch.empty(len(one), dtype=torch.float64, device=rows.device)
-    step = max(1, block // rows.shape[1])
-    for start in range(0, len(one), step):
-        pairs = slice(start, start + step)
-        out[pairs] = torch.linalg.vector_norm(rows[one[pairs]].double() - rows[other[pairs]].double(), dim=1)
-    return out
-
-
 def nearest(
     rows: Float[Tensor, "n width"], k: int, block: int = BLOCK
 ) -> tuple[Float64[Tensor, "n k"], Int64[Tensor, "n k"]]:
     """Distances to the ``k`` nearest other rows, ascending, and the numbers of these rows.
 
-    Squared distances come from dot products of the centred rows in float64, by blocks of queries. Their error
-    is at most ``(width + 16) 2^-53 (|a|^2 + |b|^2)``; where that is more than 1e-8 of the squared distance,
-    the distance is computed again from the difference of the two rows. If the k-th neighbour of a row is one
-    of these, all distances of that row are. So near-copies far from the mean keep their right distances.
-    Work: ``2 n^2 width`` operations. Memory: 8 bytes per entry of ``rows``, and a few blocks.
+    Dot products of the centred rows in float32 only say which rows may be among the nearest: their squared
+    distances have an error of at most ``(width + 16) 2^-24 (|a|^2 + |b|^2)``, and no row that this leaves
+    open is dropped. The distances are those of the differences in float64, so nothing cancels, whatever the
+    mean is. Of equal distances the lower number goes first. Work: ``2 n^2 width`` operations in float32 and
+    some ``3 n k width`` in float64; with many near-copies far from the mean, up to ``3 n^2 width``. Memory:
+    4 bytes per entry of ``rows``, and a few blocks.
 
     Args:
-        rows: finite.
+        rows: finite, on the CPU; differences of float64 rows below 1e150.
         k: 1 to n - 1.
         block: numbers in a block of work.
 
@@ -59,28 +49,53 @@ def nearest(
     if not 1 <= k < n:
         raise ValueError(f"{k} neighbours asked for among {n} rows")
     points = rows.double() - rows.mean(dim=0, dtype=torch.float64)
-    scale = float(points.abs().max()) or 1.0  # squares neither overflow nor vanish
-    points /= scale
-    norms = (points * points).sum(dim=1)
-    floor = (width + 16) * _UNIT / _TOLERANCE
-    distance = points.new_empty(n, k)
-    index = torch.empty(n, k, dtype=torch.int64, device=rows.device)
-    step = max(1, block // n)
-    for start in range(0, n, step):
-        query = torch.arange(start, min(start + step, n), device=rows.device)
-        squares = torch.addmm(norms[None], points[query], points.T, alpha=-2).add_(norms[query, None])
-        squares[query - start, query] = torch.inf
-        value, found = squares.topk(k, largest=False)
-        doubtful = value < floor * (norms[query, None] + norms[found])
-        value = value.clamp_(min=0).sqrt_() * scale
-        for row in doubtful[:, -1].nonzero().flatten().tolist():
-            others = torch.arange(n, device=rows.device)
-            exact = direct_distances(rows, query[row].expand(n), others, block)
-            exact[query[row]] = torch.inf
-            value[row], found[row] = exact.topk(k, largest=False)
-            doubtful[row] = False
-        place, column = doubtful.nonzero(as_tuple=True)
-        value[place, column] = direct_distances(rows, query[place], found[place, column], block)
-        value, order = value.sort(dim=1, stable=True)
-        distance[query], index[query] = value, found.gather(1, order)
+    points /= float(points.abs().max()) or 1.0  # squares neither overflow nor vanish
+    norms = (points * points).sum(dim=1).numpy()
+    points = points.float()
+    exact = _contiguous(rows)
+    distance = torch.empty(n, k, dtype=torch.float64)
+    index = torch.empty(n, k, dtype=torch.int64)
+    filled = distance.numpy(), index.numpy()
+    share, floor = (width + 16) * _UNIT, width * _TINY
+    for start in range(0, n, max(1, block // n)):
+        dots = (points[start : start + max(1, block // n)] @ points.T).numpy()
+
+        def fill(first: int, last: int, start: int = start, dots: Any = dots) -> None:
+            nearest_of_block(exact, dots[first:last], norms, start + first, share, floor, *filled)
+
+        _threaded(fill, len(dots))
     return distance, index
+
+
+def two_nearest(
+    rows: Float[Tensor, "n width"],
+    distance: Float64[Tensor, "n k"],
+    index: Int64[Tensor, "n k"],
+) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "n k"], int]:
+    """Within the neighbourhood of every row: each member's distances to its nearest and second nearest there.
+
+    The neighbourhood of a row are its ``k`` nearest, which :func:`nearest` gives. Infinite where there are
+    not so many. The third answer is how many members' distances had to be computed: for all others they are
+    looked up in the members' own lists, some 16 look-ups each.
+    """
+    first, second = torch.empty_like(distance), torch.empty_like(distance)
+    exact, lists = _contiguous(rows), (_contiguous(distance), _contiguous(index))
+    one, two = first.numpy(), second.numpy()
+
+    def fill(start: int, end: int) -> int:
+        computed: int = two_nearest_inside(exact, *lists, start, one[start:end], two[start:end])
+        return computed
+
+    return first, second, sum(_threaded(fill, len(rows)))
+
+
+def _contiguous(values: Tensor) -> Any:
+    return values.contiguous().numpy()
+
+
+def _threaded(work: Callable[[int, int], Any], count: int) -> list[Any]:
+    """``work(first, last)`` on one part of ``range(count)`` per thread. Rows are worked on one by one."""
+    threads = torch.get_num_threads()
+    bounds = [count * part // threads for part in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, bounds[:-1], bounds[1:]))

@@ -37,7 +37,7 @@ def run(shape: Shape | None = None, repeats: int = 3) -> Iterator[Line]:
     spread = torch.arange(1, shape.width + 1) ** -0.5
     rows = torch.randn(shape.rows, shape.width) * spread
     theirs = rows.double().numpy()
-    centred = rows.double() - rows.double().mean(dim=0)
+    centred = rows - rows.mean(dim=0)
     distance, index = nearest(rows, shape.neighbours)
     _, lists = get_nn(theirs, k=shape.neighbours)
     found: dict[str, torch.Tensor] = {}
@@ -93,7 +93,7 @@ def run(shape: Shape | None = None, repeats: int = 3) -> Iterator[Line]:
         )
 
     least = Seconds.of(times["products"]).median / Seconds.of(added).median
-    kind = "FLOP: the dot products of all pairs in float64 take this share of the other side's time"
+    kind = "FLOP: the dot products of all pairs in float32 take this share of the other side's time"
     work = {"kind": kind, "flops": 2 * shape.rows**2 * shape.width, "ratio": least}
     yield line("twonn", times["whole"], added, "TwoNN.fit_pw, one process", work)
     looked = {

@@ -1,7 +1,6 @@
 """TwoNN: scikit-dimension, manifolds of known dimension, invariances."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +8,8 @@ import torch
 from skdim.id import TwoNN
 from torch import Tensor
 
-from analyzers import dimension
 from analyzers.dimension import global_dimension, local_dimensions, twonn
-from analyzers.neighbours import BLOCK, direct_distances, distinct, nearest
+from analyzers.neighbours import distinct, nearest, two_nearest
 
 AMBIENT = 64
 
@@ -26,8 +24,8 @@ def embedded(points: Tensor, seed: int = 0) -> Tensor:
     return points.double() @ basis.T + 3
 
 
-def local(rows: Tensor, k: int, block: int = BLOCK) -> Tensor:
-    return local_dimensions(rows, *nearest(rows, k, block), block=block)
+def local(rows: Tensor, k: int) -> Tensor:
+    return local_dimensions(rows, *nearest(rows, k))
 
 
 def test_exact_quantiles_of_a_pareto_law_give_its_exponent() -> None:
@@ -76,28 +74,28 @@ def test_the_pointwise_form_agrees_with_scikit_dimension(width: int, k: int) -> 
     np.testing.assert_allclose(local(rows, k).numpy(), theirs, rtol=1e-9)
 
 
-def test_distances_are_computed_only_where_lists_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distances_are_computed_only_where_lists_do_not_meet() -> None:
     rows = torch.randn(200, 30, generator=seeded(3))
-    counts: list[int] = []
-
-    def counted(*arguments: Any) -> Tensor:
-        counts.append(len(arguments[1]))
-        return direct_distances(*arguments)
-
-    monkeypatch.setattr(dimension, "direct_distances", counted)
-    few, many = (nearest(rows, k) for k in (3, 64))
-    local_dimensions(rows, *few)
-    assert 0 < sum(counts) < 200 * 3 * 3
-    counts.clear()
-    local_dimensions(rows, *many)
-    assert sum(counts) == 0
+    *_, few = two_nearest(rows, *nearest(rows, 3))
+    *_, many = two_nearest(rows, *nearest(rows, 64))
+    assert 0 < few < 200 * 3
+    assert many == 0
 
 
-@pytest.mark.parametrize("block", [1, 700, 20_000])
-def test_batch_sizes_change_nothing(block: int) -> None:
+def test_a_neighbourhood_of_one_has_no_two_nearest() -> None:
+    rows = torch.randn(20, 3, generator=seeded(3))
+    assert bool(local(rows, 1).isnan().all())
+
+
+def test_threads_change_nothing() -> None:
     rows = torch.randn(150, 12, generator=seeded(4))
-    for k in (3, 30):
-        torch.testing.assert_close(local(rows, k, block), local(rows, k), rtol=1e-12, atol=0)
+    alone = local(rows, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert torch.equal(local(rows, 3), alone)
+    finally:
+        torch.set_num_threads(before)
 
 
 # TwoNN takes the density as constant out to the second neighbour. On a sphere of n points in d dimensions the
