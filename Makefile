@@ -36,7 +36,7 @@ layers: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest -m "not long and not gpu" -n logical --maxprocesses 4 --dist loadfile
 
 test-long: $(READY)  ## tests that take minutes each
 	$(BIN)/python -m pytest -m long
