@@ -90,6 +90,7 @@ def written(active: Active, crosscoder: Crosscoder, snapshot: int) -> Float[Tens
         seen.value,
         (seen.tokens, seen.latents),
         is_coalesced=True,
+        check_invariants=True,
     )
     result: Tensor = torch.sparse.mm(sparse, decoder_of(crosscoder, snapshot))
     return result

@@ -1,6 +1,8 @@
 """Random crosscoders and a model that is linear behind its site."""
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,14 @@ def perfect_crosscoder(scale: Sequence[float], width: int) -> Crosscoder:
     return Crosscoder(
         both, zero, both.clone(), torch.zeros(inputs), zero, torch.tensor(scale), activation="relu"
     )
+
+
+def loud(model: Any) -> Any:
+    """A copy with larger logits: those of a random model are so small that hardly anything changes its loss."""
+    louder = copy.deepcopy(model)
+    with torch.no_grad():
+        louder.get_output_embeddings().weight *= 20
+    return louder
 
 
 def of_dense(activations: Tensor) -> Active:
