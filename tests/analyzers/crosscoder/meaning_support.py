@@ -39,7 +39,7 @@ def perfect_crosscoder(scale: Sequence[float], width: int) -> Crosscoder:
 
 
 def loud(model: Any) -> Any:
-    """A copy with larger logits: those of a random model are so small that hardly anything changes its loss."""
+    """A copy with larger logits: those of a random model are so small that little changes its loss."""
     louder = copy.deepcopy(model)
     with torch.no_grad():
         louder.get_output_embeddings().weight *= 20
@@ -52,7 +52,7 @@ def of_dense(activations: Tensor) -> Active:
 
 
 class LinearModel(nn.Module):
-    """Embedding, one block that adds a causal running sum, and an unembedding: linear from block to logits."""
+    """Embedding, a block, a causal running sum and an unembedding: linear from the block to the logits."""
 
     def __init__(self, vocabulary: int, width: int, seed: int = 0) -> None:
         super().__init__()

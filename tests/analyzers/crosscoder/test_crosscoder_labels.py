@@ -112,7 +112,7 @@ def test_scores_are_those_of_the_held_out_half() -> None:
 
 
 def test_active_everywhere_marks_nothing() -> None:
-    """It is active after every 11, and after all else: the AUC alone would be high if it is stronger there."""
+    """It is active after every 11, and after all else: the AUC alone is high, as it is stronger there."""
     strength = np.where(SEEN.previous == 11, 2.0, 1.0)
     dense = torch.from_numpy(strength[:, None])
     (label,) = Labeller(TOKENS, PLACES).labels(of_dense(dense))
