@@ -314,17 +314,18 @@ def _measure_folder(
         store_result(store, checkpoint, item, result)
         counts["keys_computed"] += 1
     counts["forward_passes"] += passes.run
+    if isinstance(todo.harvest, str) and not counts["failures"]:  # else the others have said it
+        record_failure(store, checkpoint, "harvest", todo.harvest)
+        counts["failures"] += 1
 
 
 def _begin_harvest(
     job: MeasureJob, store: Store, checkpoint: Checkpoint, todo: Plan, counts: dict[str, int]
 ) -> Harvesting | None:
     """The checkpoint's harvest; None if there is nothing to harvest, or it failed already."""
-    if todo.harvest is None:
+    if not isinstance(todo.harvest, PlannedSnapshot):
         return None
     try:
-        if isinstance(todo.harvest, str):
-            raise OntogenyError(todo.harvest)
         return Harvesting(job, checkpoint, todo.harvest)
     except Exception as error:  # the harvest's fault must not lose the analyzers' results
         record_failure(store, checkpoint, "harvest", sentence(error))
