@@ -7,7 +7,7 @@ without it is not read. :mod:`storage.pool_writer` writes them.
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice, pairwise
@@ -28,6 +28,7 @@ SHARD_ROWS = 1 << 19
 """Rows of a shard; few files, because every one that is mapped into memory stays open."""
 BUFFER_BYTES = 1 << 29
 """Bytes that are read, shuffled and handed out together; two such buffers are in memory."""
+_READERS = 4
 
 POOL_FILE, ROWS_FILE, SEQUENCES_FILE, SNAPSHOT_FILE = (
     "pool.json",
@@ -263,26 +264,30 @@ class Pool:
 
     def _ahead(self, groups: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row numbers and values of every group, the next one read while this one is used."""
-        with ThreadPoolExecutor(1, "pool") as reader:
-            coming = [reader.submit(self._load, group) for group in islice(groups, 1)]
+        with ThreadPoolExecutor(_READERS, "pool") as readers:
+
+            def begun(group: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Future[None]]]:
+                order = np.argsort(group)
+                values = np.empty((len(group), len(self.snapshots) * self.width), np.float16)
+                each = range(len(self.snapshots))
+                return group, values, [readers.submit(self._load, s, group, order, values) for s in each]
+
+            coming = [begun(group) for group in islice(groups, 1)]
             while coming:
-                group, values = coming.pop().result()
-                coming += [reader.submit(self._load, following) for following in islice(groups, 1)]
+                group, values, parts = coming.pop()
+                for part in parts:
+                    part.result()
+                coming += [begun(following) for following in islice(groups, 1)]
                 yield group, values
 
-    def _load(self, group: Int64[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
-        """Values of a group's rows: read run by run of neighbours, each put where the group has it."""
-        order = np.argsort(group)
+    def _load(self, snapshot: int, group: np.ndarray, order: np.ndarray, values: np.ndarray) -> None:
+        """Fill a snapshot's columns of a group: read run by run of neighbours, each put where it belongs."""
         rows = group[order]
         cuts = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] % SHARD_ROWS == 0)) + 1
-        bounds = [0, *cuts.tolist(), len(rows)]
-        values = np.empty((len(rows), len(self.snapshots) * self.width), np.float16)
-        for s, shards in enumerate(self._shards):
-            columns = slice(s * self.width, (s + 1) * self.width)
-            for a, b in pairwise(bounds):
-                shard, inside = divmod(int(rows[a]), SHARD_ROWS)
-                values[order[a:b], columns] = shards[shard][inside : inside + b - a]
-        return group, values
+        columns = slice(snapshot * self.width, (snapshot + 1) * self.width)
+        for a, b in pairwise([0, *cuts.tolist(), len(rows)]):
+            shard, inside = divmod(int(rows[a]), SHARD_ROWS)
+            values[order[a:b], columns] = self._shards[snapshot][shard][inside : inside + b - a]
 
 
 def _regrouped(

@@ -6,7 +6,7 @@ W_E cost none. The pool says what is done: a snapshot that is there is not harve
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -38,15 +38,16 @@ class ProbeTokens:
     """The sequences of a probe as tokens of the harvest's own; equal where their digests are."""
 
     digest: str
-    size: tuple[int, int]
+    probe: Probe = field(compare=False, repr=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of sequences and their length."""
+        return self.probe.tokens.shape[0], self.probe.tokens.shape[1]
 
     def draw(self, shape: ModelShape) -> Int64[Tensor, "sequences length"]:
         """The tokens, whatever the model."""
-        return torch.from_numpy(_PROBES[self.digest].tokens)
-
-
-# Tokens of the harvests' own probes by digest: a source is hashed and compared, its tokens are not.
-_PROBES: dict[str, Probe] = {}
+        return torch.from_numpy(self.probe.tokens)
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,7 @@ def _of_probe(
     probe = probe_of(folder, harvest.probe or job.probe, job.root)
     source = None
     if measured is None or probe.digest != measured.digest:
-        _PROBES[probe.digest] = probe
-        source = ProbeTokens(probe.digest, (probe.tokens.shape[0], probe.tokens.shape[1]))
+        source = ProbeTokens(probe.digest, probe)
     choice = _choice(harvest, probe.tokens.shape[0], probe.tokens.shape[1], first=1)
     info = PoolInfo(
         series=checkpoint.series,
@@ -233,11 +233,9 @@ def check_room(root: str, series: str, planned: Sequence[PlannedSnapshot], budge
     """
     new, held = sum(item.bytes or 0 for item in planned), held_bytes(root, series)
     if planned:
-        folder = pools_folder(root)
-        folder.mkdir(parents=True, exist_ok=True)
         label = f"the harvest of {len(planned)} snapshots"
         try:
-            DiskBudget(budget, folder, "the pools of the series", held).reserve(new, label)
+            DiskBudget(budget, pools_folder(root).parent, "the pools of the series", held).reserve(new, label)
         except OntogenyError as error:
             raise UsageError(
                 f"{error}; take fewer crosscoder.tokens or crosscoder.steps, or more measure.disk_gb"
@@ -257,11 +255,10 @@ class Harvesting:
         self._planned, self._checkpoint = planned, checkpoint
         self._budget = DiskBudget(
             job.harvest.budget,
-            pools_folder(job.root),
+            pools_folder(job.root).parent,
             "the pools of the series",
             held_bytes(job.root, checkpoint.series),
         )
-        pools_folder(job.root).mkdir(parents=True, exist_ok=True)
         self._reserved = planned.width is not None
         if planned.bytes is not None:
             self._reserve(planned.bytes)
