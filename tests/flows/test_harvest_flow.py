@@ -136,3 +136,16 @@ def test_kill_then_again_equals_undisturbed(
     after = len(log.read_text().splitlines()) - before
     assert after <= (12 - complete + 1) * BATCHES_PER_PASS
     assert not list(root.glob("pools/*/.*"))
+
+
+def test_two_processes_share_the_work(
+    undisturbed: Path, tiny_series: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    root, logs = tmp_path / "root", [tmp_path / "one", tmp_path / "two"]
+    arguments = ["measure", f"dir:{tiny_series}", "--root", str(root), *LOSS]
+    scripts = [COUNTING.format(log=str(log), arguments=arguments) for log in logs]
+    both = [subprocess.Popen([sys.executable, "-c", script], env=environment) for script in scripts]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    assert stored(root) == stored(undisturbed)
+    passes = sum(len(log.read_text().splitlines()) for log in logs if log.exists())
+    assert passes == 12 * BATCHES_PER_PASS
