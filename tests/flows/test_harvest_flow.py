@@ -13,6 +13,7 @@ import pytest
 from flow_support import COUNTING, TINY, Cli
 
 from storage import open_root
+from storage.mirror import Mirror, repositories
 from storage.pool import Pool, PoolInfo, list_pools
 
 LOSS = ("--analyzer", "loss", "--harvest", *TINY)
@@ -149,3 +150,32 @@ def test_two_processes_share_the_work(
     assert stored(root) == stored(undisturbed)
     passes = sum(len(log.read_text().splitlines()) for log in logs if log.exists())
     assert passes == 12 * BATCHES_PER_PASS
+
+
+def test_downloads_have_what_the_pools_leave_of_the_budget(
+    undisturbed: Path, tiny_series: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = sum(path.stat().st_size for path in (tiny_series / "seed0" / "step0").iterdir())
+    pool = 3 * ROWS * WIDTH * 2
+    with Mirror(repositories(tiny_series, "specimen")) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+
+        def measured(root: str, limit: int) -> subprocess.CompletedProcess[str]:
+            source = ("hub:specimen/seed0", "--root", str(tmp_path / root), "--set", "name=tiny")
+            budget = ("--set", f"measure.disk_gb={limit / 1e9:.9f}", "--set", "measure.prefetch=0")
+            return cli(
+                "measure", *source, *LOSS, "--steps", "0,4,8", "--set", "crosscoder.steps=0,4,8", *budget
+            )
+
+        done = measured("enough", pool + checkpoint + 1000)
+        assert done.returncode == 0, done.stderr
+        refused = measured("tight", pool + checkpoint // 2)
+    assert refused.returncode == 1
+    failures = open_root(tmp_path / "tight").table("failures").to_pandas()["error"]
+    assert len(failures) == 3
+    assert failures.str.endswith(f"more than the disk budget of {checkpoint // 2:,}").all()
+    (served,) = pools(tmp_path / "enough").values()
+    folder = pools(undisturbed)["seed0"]
+    assert [s.step for s in served.snapshots] == [0, 4, 8]
+    theirs = {s.step: s.mean_norm for s in folder.snapshots}
+    assert {s.step: s.mean_norm for s in served.snapshots} == {step: theirs[step] for step in (0, 4, 8)}
