@@ -53,6 +53,7 @@ class Family:
     ``final_norm`` are paths inside it. The output of ``embedding`` is what enters the first block.
     ``attn_out`` and ``mlp_out`` are the modules of a block whose outputs are added to the residual stream.
     ``attn_norm`` is the norm that the attention reads through, if there is one.
+    ``token_embedding``, inside the trunk, and ``unembedding`` are the modules that hold W_E and W_U.
     ``matrices`` maps a parameter's name inside its block, without ``.weight``, to a site.
     ``fused`` names the parameter that holds Q, K and V together and the function that parts it.
     ``transposed`` says that matrices are stored as ``[in, out]`` (transformers' Conv1D).
@@ -69,6 +70,8 @@ class Family:
     fused: tuple[str, Callable[[Tensor, LayerConfig], dict[str, Tensor]]] | None = None
     transposed: bool = False
     attn_norm: str | None = "input_layernorm"
+    token_embedding: str = "embed_tokens"
+    unembedding: str = "lm_head"
 
     @property
     def output_projection(self) -> str:
@@ -103,6 +106,12 @@ class Family:
                 yield site, layer, part
         else:
             yield self.matrices[inner], layer, tensor
+
+    def vocabulary_matrix(self, parameter: str, unembedding: bool) -> bool:
+        """Whether it is W_E ``[vocabulary, width]``, or W_U of that shape if ``unembedding``."""
+        if unembedding:
+            return parameter == f"{self.unembedding}.weight"
+        return parameter in (f"{self.trunk}.{self.token_embedding}.weight", f"{self.token_embedding}.weight")
 
     def bias(self, parameter: str) -> bool:
         """Whether it is the bias vector of a measured matrix."""
@@ -161,6 +170,8 @@ FAMILIES: dict[str, Family] = {
                 "mlp.dense_4h_to_h": "mlp.down",
             },
             fused=("attention.query_key_value", split_interleaved_qkv),
+            token_embedding="embed_in",
+            unembedding="embed_out",
         ),
         Family(
             model_type="gpt2",
@@ -178,6 +189,7 @@ FAMILIES: dict[str, Family] = {
             fused=("attn.c_attn", split_stacked_qkv),
             transposed=True,
             attn_norm="ln_1",
+            token_embedding="wte",
         ),
         _llama_like("llama"),
         _llama_like("mistral"),

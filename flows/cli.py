@@ -179,10 +179,20 @@ def measure(
             "--from-spectra", help="recompute spectra from stored eigenvalues: no model, no network"
         ),
     ] = False,
+    harvest: Annotated[
+        bool,
+        typer.Option(
+            "--harvest", help="also fill the pool of activations that a crosscoder needs (docs/harvest.md)"
+        ),
+    ] = False,
 ) -> None:
     """Measure every checkpoint whose results are not in the store yet. Exit code 1 if some failed."""
     from flows.measure import measure_series, plan_series
 
+    if harvest and from_spectra:
+        raise UsageError("--harvest and --from-spectra exclude each other")
+    if harvest:
+        settings = [*(settings or []), "crosscoder.harvest=true"]
     config = configured(series, steps, analyzer, settings)
     if from_spectra:
         _measure_from_spectra(config, root, dry_run)

@@ -13,6 +13,7 @@ from analyzers.growth import GrowthSettings
 from analyzers.latent import Grid, StateSettings, Transform
 from analyzers.phases import PhaseSettings
 from analyzers.registry import UnknownAnalyzerError, find
+from flows.config_crosscoder import CrosscoderConfig
 from storage.audit import AuditConfig
 from storage.errors import UsageError
 from storage.keys import check_name
@@ -89,7 +90,11 @@ class MeasureConfig(_Section):
     ] = 2
     disk_gb: Annotated[
         float | None,
-        Field(description="GB (1e9 bytes) that downloads may hold; absent: what the window needs", gt=0),
+        Field(
+            description="GB (1e9 bytes) that downloads may hold, and pools of the series where one is "
+            "harvested; absent: what is needed",
+            gt=0,
+        ),
     ] = None
     keep: Annotated[
         bool, Field(description="keep downloads under ROOT/downloads instead of deleting each when measured")
@@ -195,6 +200,7 @@ class SeriesConfig(_Section):
     audit: AuditConfig = AuditConfig()
     probe: ProbeConfig = ProbeConfig()
     measure: MeasureConfig = MeasureConfig()
+    crosscoder: CrosscoderConfig = CrosscoderConfig()
     curves: CurvesConfig = CurvesConfig()
     states: StatesConfig = StatesConfig()
 

@@ -15,7 +15,8 @@ from storage.store import Store
 from storage.window import Arrival, Window
 from tasks.catalogue import Catalogue, catalogue
 from tasks.estimate import forward_flops, matmul_speed
-from tasks.job import MeasureJob
+from tasks.harvest import PlannedSnapshot, check_room, chosen_snapshots
+from tasks.job import HarvestJob, MeasureJob
 from tasks.loader import find_loader
 from tasks.measure import (
     Other,
@@ -41,6 +42,7 @@ class MeasureSummary(BaseModel):
     keys_computed: int = 0
     forward_passes: int = 0
     failed: list[str] = []
+    snapshots: int = 0
     not_asked: int = 0
     findings: dict[str, int] = {}
 
@@ -49,7 +51,8 @@ class PlannedCheckpoint(BaseModel):
     """One line of ``measure --dry-run``: ``seconds`` is an estimate of the forward pass on this machine.
 
     ``compared`` are the labels of checkpoints that it is compared with; one that is read for that alone is
-    not ``wanted``.
+    not ``wanted``. ``harvested``: the pool lacks its snapshot, of ``pool_bytes`` (None: known once the model
+    is loaded), which costs ``pool_passes`` beyond those of the analyzers.
     """
 
     label: str
@@ -60,10 +63,29 @@ class PlannedCheckpoint(BaseModel):
     seconds: float | None
     compared: list[str] = []
     wanted: bool = True
+    harvested: bool = False
+    pool_bytes: int | None = None
+    pool_passes: int = 0
 
 
-def job_of(config: SeriesConfig, root: str) -> MeasureJob:
-    """The measuring job of a configuration."""
+def job_of(config: SeriesConfig, root: str, found: Catalogue | None = None) -> MeasureJob:
+    """The measuring job of a configuration; with ``found``, also the harvest if there is one.
+
+    Raises:
+        UsageError: the harvest names steps or runs that the series lacks.
+    """
+    wanted, harvest = config.crosscoder, None
+    if wanted.harvest and found is not None:
+        harvest = HarvestJob(
+            mode=wanted.mode,
+            site=wanted.site,
+            layer=wanted.layer,
+            tokens=wanted.tokens,
+            seed=wanted.seed,
+            probe=wanted.probe,
+            chosen=chosen_snapshots(found.listed, wanted.steps, wanted.runs),
+            budget=_budget(config),
+        )
     return MeasureJob(
         root=root,
         probe=config.probe,
@@ -73,7 +95,12 @@ def job_of(config: SeriesConfig, root: str) -> MeasureJob:
         device=config.measure.device,
         batch=config.measure.batch,
         loader=config.source.loader,
+        harvest=harvest,
     )
+
+
+def _budget(config: SeriesConfig) -> int | None:
+    return None if config.measure.disk_gb is None else int(config.measure.disk_gb * 1e9)
 
 
 def list_catalogue(config: SeriesConfig, root: str) -> Catalogue:
@@ -93,11 +120,13 @@ def list_catalogue(config: SeriesConfig, root: str) -> Catalogue:
 def plan_series(config: SeriesConfig, root: str) -> list[PlannedCheckpoint]:
     """What ``measure`` would do now: per checkpoint its size and the analyzers whose results are missing."""
     found = list_catalogue(config, root)
-    plans, others = _plans(config, root, found)
+    job = job_of(config, root, found)
+    plans, others = _plans(config, job, found)
+    _check_room(config, job, plans)
     speed = matmul_speed(choose_device(config.measure.device), config.measure.dtype)
     planned, compared = [], dict[str, Checkpoint]()
     for checkpoint, todo in plans:
-        names = [item.analyzer.name for item in todo.missing]
+        names = todo.names
         read = _compared(todo, others[checkpoint.label])
         compared |= {other.label: other for other in read}
         flops = forward_flops(checkpoint, todo.tokens) if names else 0.0
@@ -110,6 +139,9 @@ def plan_series(config: SeriesConfig, root: str) -> list[PlannedCheckpoint]:
                 missing=names,
                 seconds=None if flops is None else flops / speed,
                 compared=[other.label for other in read],
+                harvested=isinstance(todo.harvest, PlannedSnapshot),
+                pool_bytes=todo.harvest.bytes if isinstance(todo.harvest, PlannedSnapshot) else None,
+                pool_passes=todo.harvest_passes,
             )
         )
     there = {item.label for item in planned}
@@ -129,11 +161,21 @@ def plan_series(config: SeriesConfig, root: str) -> list[PlannedCheckpoint]:
     return planned
 
 
-def _plans(config: SeriesConfig, root: str, found: Catalogue) -> tuple[list[tuple[Checkpoint, Plan]], Others]:
-    job, store = job_of(config, root), Store(root)
+def _plans(
+    config: SeriesConfig, job: MeasureJob, found: Catalogue
+) -> tuple[list[tuple[Checkpoint, Plan]], Others]:
+    store = Store(job.root)
     others = others_of(store, found, config.source, wanted(job.build()))
     done = {run: store.names("metrics", config.name, run) for run in {c.run for c in found.sound}}
     return [(c, plan(job, store, c, done[c.run], others[c.label])) for c in found.sound], others
+
+
+def _check_room(config: SeriesConfig, job: MeasureJob, plans: list[tuple[Checkpoint, Plan]]) -> int:
+    """Bytes of the pools of the series, with those planned; 0 without a harvest."""
+    if job.harvest is None:
+        return 0
+    planned = [todo.harvest for _, todo in plans if isinstance(todo.harvest, PlannedSnapshot)]
+    return check_room(job.root, config.name, planned, job.harvest.budget)
 
 
 @flow(name="measure", flow_run_name="measure {config.name}")
@@ -160,10 +202,12 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
             if reason is not None:
                 record_failure(store, checkpoint, None, f"excluded by the audit: {reason}")
                 summary.failed.append(checkpoint.label)
-        plans, others = _plans(config, root, found)
-        todo = [_Todo(c, others[c.label], _compared(p, others[c.label])) for c, p in plans if p.missing]
+        job = job_of(config, root, found)
+        plans, others = _plans(config, job, found)
+        pools = _check_room(config, job, plans)
+        todo = [_Todo(c, others[c.label], _compared(p, others[c.label])) for c, p in plans if p.names]
         summary.already_there = len(found.sound) - len(todo)
-        _measure_all(config, root, todo, summary)
+        _measure_all(config, job, todo, pools, summary)
         show_newest(store, plans)
         counts.update(
             checkpoints=summary.checkpoints,
@@ -171,6 +215,7 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
             checkpoints_already_there=summary.already_there,
             keys_computed=summary.keys_computed,
             forward_passes=summary.forward_passes,
+            snapshots=summary.snapshots,
             failures=len(summary.failed),
         )
     return summary
@@ -189,22 +234,25 @@ class _Todo:
     compared: list[Checkpoint]
 
 
-def _measure_all(config: SeriesConfig, root: str, todo: list[_Todo], summary: MeasureSummary) -> None:
+def _measure_all(
+    config: SeriesConfig, job: MeasureJob, todo: list[_Todo], pools: int, summary: MeasureSummary
+) -> None:
+    """Measure all of ``todo``; ``pools`` bytes of the disk budget are the pools'."""
     if not todo:
         return
-    job, store, settings = job_of(config, root), Store(root), config.measure
+    store, settings, budget = Store(job.root), config.measure, _budget(config)
     items = {item.checkpoint.label: item for item in todo}
     window = Window(
         store,
         job.scratch if not settings.keep else job.kept,
         settings.prefetch,
-        None if settings.disk_gb is None else int(settings.disk_gb * 1e9),
+        None if budget is None else max(0, budget - pools),
         settings.keep,
         lambda checkpoint: items[checkpoint.label].compared,
     )
 
     def needed(checkpoint: Checkpoint) -> bool:
-        return bool(plan(job, store, checkpoint, others=items[checkpoint.label].others).missing)
+        return bool(plan(job, store, checkpoint, others=items[checkpoint.label].others).names)
 
     with bars() as progress:
         bar = progress.add_task("measure", total=len(todo), note="")
@@ -235,6 +283,7 @@ def _measure_one(
     if isinstance(counts, dict):
         summary.keys_computed += counts["keys_computed"]
         summary.forward_passes += counts["forward_passes"]
+        summary.snapshots += counts["snapshots"]
     if state.is_completed():
         summary.measured += 1
     else:

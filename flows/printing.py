@@ -38,6 +38,15 @@ def print_plan(items: list[Any]) -> None:
             f"Forward passes: about {timedelta(seconds=round(seconds))} on this machine, judged by a matrix "
             "product; loading and eigenvalues come on top."
         )
+    pooled = [item for item in items if item.harvested]
+    if pooled:
+        gigabytes = sum(item.pool_bytes or 0 for item in pooled) / 1e9
+        unknown = sum(item.pool_bytes is None for item in pooled)
+        out.print(
+            f"Pool: {len(pooled)} snapshots to harvest, {gigabytes:,.2f} GB that stay on disk, "
+            f"{sum(item.pool_passes for item in pooled)} forward passes beyond those of the analyzers."
+            + (f" The size of {unknown} is not counted: the loaded model says it." * bool(unknown))
+        )
 
 
 def _gigabytes(items: list[Any]) -> str:
@@ -46,13 +55,15 @@ def _gigabytes(items: list[Any]) -> str:
 
 def print_measured(summary: Any) -> None:
     """What was measured, found and failed."""
-    if summary.keys_computed or summary.failed:
+    if summary.keys_computed or summary.failed or summary.snapshots:
         out.print(
             f"Measured {summary.measured} checkpoints ({summary.keys_computed} results, "
             f"{summary.forward_passes} forward passes); {summary.already_there} were already there."
         )
     else:
         out.print(f"All {summary.checkpoints} checkpoints were already there; nothing was measured anew.")
+    if summary.snapshots:
+        out.print(f"Harvested {summary.snapshots} snapshots into the pool.")
     if summary.findings:
         counts = ", ".join(f"{number} {severity}" for severity, number in sorted(summary.findings.items()))
         out.print(f"Audit findings: {counts}.")

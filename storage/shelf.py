@@ -20,16 +20,16 @@ _SILENT = 3
 
 
 class DiskBudget:
-    """Bytes that downloads may hold on disk together.
+    """Bytes that downloads, or pools, may hold on disk together.
 
-    :meth:`reserve` waits until enough are given back; where nothing ever is (``lasting``: downloads are
-    kept), it raises instead.
+    :meth:`reserve` waits until enough are given back; where nothing ever is (``lasting``: what stays on disk,
+    in words), it raises instead. ``used`` are held from the beginning.
     """
 
-    def __init__(self, limit: int | None, folder: Path, lasting: bool = False) -> None:
+    def __init__(self, limit: int | None, folder: Path, lasting: str | None = None, used: int = 0) -> None:
         self.limit = limit
         self._lasting = lasting
-        self.used = 0
+        self.used = used
         self._folder = folder
         self._changed = Condition()
         self._closed = False
@@ -53,7 +53,7 @@ class DiskBudget:
         with self._changed:
             if self._lasting and not self._fits(size):
                 raise OntogenyError(
-                    f"{label} needs {size:,} bytes, and the downloads kept hold {self.used:,} of the disk "
+                    f"{label} needs {size:,} bytes, and {self._lasting} hold {self.used:,} of the disk "
                     f"budget of {self.limit:,}"
                 )
             self._changed.wait_for(lambda: self._closed or self._fits(size))
@@ -101,7 +101,7 @@ class Shelf:
         self._scratch = scratch
         self._keep = keep
         scratch.mkdir(parents=True, exist_ok=True)
-        self.budget = DiskBudget(budget, scratch, lasting=keep)
+        self.budget = DiskBudget(budget, scratch, "the downloads kept" if keep else None)
         self._held: dict[str, _Held] = {}
         self._stop = Event()
         self._silent = 0

@@ -1,13 +1,34 @@
 """What a worker is told: which analyzers, on which probe, in which dtype, into which root."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from analyzers.base import Analyzer
 from analyzers.registry import find
 from storage.probe import ProbeConfig
+
+HarvestMode = Literal["activations", "unembedding", "embedding"]
+"""What the rows of a pool are: activations of tokens, or rows of W_U or W_E."""
+SITES_OF_BLOCKS = ("resid_post", "attn_out", "mlp_out")
+SNAPSHOTS = 32
+"""Snapshots of a run where no steps are named, at most."""
+
+
+class HarvestJob(BaseModel):
+    """Which pool is filled, from which checkpoints (by label), within how many bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: HarvestMode
+    site: str
+    layer: int | None
+    tokens: int | None
+    seed: int
+    probe: ProbeConfig | None
+    chosen: frozenset[str]
+    budget: int | None
 
 
 class MeasureJob(BaseModel):
@@ -23,6 +44,7 @@ class MeasureJob(BaseModel):
     device: str
     batch: int
     loader: str | None = None
+    harvest: HarvestJob | None = None
 
     @property
     def scratch(self) -> Path:

@@ -22,13 +22,15 @@ from analyzers.base import (
     WeightAnalyzer,
     WeightComparison,
 )
-from storage.errors import OntogenyError, first_line
+from analyzers.families import UnknownFamilyError
+from storage.errors import DamagedCheckpointError, OntogenyError, first_line
 from storage.keys import canonical_json, compared_sha256, result_key
 from storage.probe import Probe
 from storage.series import Checkpoint
 from storage.sources import tokenizer_folder
 from storage.store import Store, now
 from storage.tables import SCHEMA_VERSION
+from tasks.harvest import Harvesting, PlannedSnapshot, plan_snapshot
 from tasks.job import MeasureJob
 from tasks.models import open_weights, probe_of
 from tasks.passes import Passes
@@ -77,17 +79,36 @@ def protocol_of(
 
 @dataclass(frozen=True)
 class Plan:
-    """All results that a checkpoint should have, those that the store lacks, and the probe they name."""
+    """All results that a checkpoint should have, those that the store lacks, and the probe they name.
+
+    ``harvest`` is its snapshot where the pool lacks it, or one sentence why there can be none.
+    """
 
     wanted: list[Pending]
     missing: list[Pending]
     probe: Probe | None
+    harvest: PlannedSnapshot | str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """What is missing, by name; empty where all is there."""
+        return [item.analyzer.name for item in self.missing] + ([] if self.harvest is None else ["harvest"])
+
+    @property
+    def harvest_passes(self) -> int:
+        """Forward passes that the snapshot costs: none where it shares one, or reads weights."""
+        if not isinstance(self.harvest, PlannedSnapshot) or not self.harvest.reads_pass:
+            return 0
+        shared = any(reads_the_probe(item.analyzer) for item in self.missing)
+        return 0 if self.harvest.source is None and shared else 1
 
     @property
     def tokens(self) -> int:
         """Tokens that the model has to run over for what is missing."""
         readers = [item.analyzer for item in self.missing if isinstance(item.analyzer, PassAnalyzer)]
         sources = {reader.tokens for reader in readers}
+        if isinstance(self.harvest, PlannedSnapshot) and self.harvest.reads_pass:
+            sources.add(self.harvest.source)
         probe = self.probe.tokens.size if self.probe is not None and None in sources else 0
         return probe + sum(math.prod(source.size) for source in sources if source is not None)
 
@@ -99,18 +120,18 @@ def plan(
     done: set[str] | None = None,
     others: Mapping[Reference, Checkpoint] | None = None,
 ) -> Plan:
-    """Find the keys that the store lacks.
+    """Find the keys that the store lacks, and the snapshot that the pool lacks.
 
     ``done`` are its results of the run, where they are known; ``others`` are the checkpoints that this one
     may be compared with.
 
     Raises:
-        UsageError: the probe cannot be built.
+        UsageError: the probe cannot be built, or the configuration of the harvest cannot be met.
         HubError: the tokenizer could not be fetched.
     """
     built = job.build()
     probe = None
-    if any(reads_the_probe(analyzer) for analyzer in built):
+    if any(reads_the_probe(analyzer) for analyzer in built) or _harvests_the_probe(job):
         probe = probe_of(tokenizer_folder(checkpoint, job.scratch), job.probe, job.root)
     if done is None:
         done = store.names("metrics", checkpoint.series, checkpoint.run)
@@ -122,7 +143,15 @@ def plan(
         compared = {name: digests[name] for name in analyzer.against if name in digests}
         weights = compared_sha256(_weights_digest(checkpoint), compared)
         wanted.append(Pending(analyzer, protocol, result_key(weights, protocol)))
-    return Plan(wanted, [item for item in wanted if item.file not in done], probe)
+    try:
+        harvest: PlannedSnapshot | str | None = plan_snapshot(job, checkpoint, probe)
+    except (DamagedCheckpointError, UnknownFamilyError) as error:
+        harvest = sentence(error)
+    return Plan(wanted, [item for item in wanted if item.file not in done], probe, harvest)
+
+
+def _harvests_the_probe(job: MeasureJob) -> bool:
+    return job.harvest is not None and job.harvest.mode == "activations" and job.harvest.probe is None
 
 
 def _weights_digest(checkpoint: Checkpoint) -> str:
@@ -238,13 +267,13 @@ def measure(
     recorded once.
     """
     store = Store(job.root)
-    counts = {"keys_computed": 0, "forward_passes": 0, "failures": 0}
+    counts = {"keys_computed": 0, "forward_passes": 0, "failures": 0, "snapshots": 0}
     others = others or {}
     try:
         if folder is None:
             raise OntogenyError(error or f"{checkpoint.label} did not arrive")
         todo = plan(job, store, checkpoint, others={name: o.checkpoint for name, o in others.items()})
-        if todo.missing:
+        if todo.names:
             _measure_folder(job, store, checkpoint, folder, todo, others, counts)
     except Exception as error:  # whatever a broken checkpoint raises is recorded, and the series goes on
         record_failure(store, checkpoint, None, sentence(error))
@@ -263,9 +292,18 @@ def _measure_folder(
 ) -> None:
     readers = [item.analyzer for item in todo.missing if isinstance(item.analyzer, PassAnalyzer)]
     wanted = [item.analyzer for item in todo.wanted if isinstance(item.analyzer, PassAnalyzer)]
+    harvesting = _begin_harvest(job, store, checkpoint, todo, counts)
+    if harvesting is not None and harvesting.reader is not None:
+        readers.append(harvesting.reader)
     passes = Passes(job, todo.probe, readers, wanted)
-    if readers:
-        passes.over(checkpoint, folder)
+    try:
+        if readers:
+            passes.over(checkpoint, folder)
+        if harvesting is not None:
+            _end_harvest(store, checkpoint, folder, harvesting, passes, counts)
+    finally:
+        if harvesting is not None:
+            harvesting.discard()
     for item in todo.missing:
         try:
             result = _result(job, item.analyzer, checkpoint, folder, others, passes)
@@ -276,6 +314,39 @@ def _measure_folder(
         store_result(store, checkpoint, item, result)
         counts["keys_computed"] += 1
     counts["forward_passes"] += passes.run
+    if isinstance(todo.harvest, str) and not counts["failures"]:  # else the others have said it
+        record_failure(store, checkpoint, "harvest", todo.harvest)
+        counts["failures"] += 1
+
+
+def _begin_harvest(
+    job: MeasureJob, store: Store, checkpoint: Checkpoint, todo: Plan, counts: dict[str, int]
+) -> Harvesting | None:
+    """The checkpoint's harvest; None if there is nothing to harvest, or it failed already."""
+    if not isinstance(todo.harvest, PlannedSnapshot):
+        return None
+    try:
+        return Harvesting(job, checkpoint, todo.harvest)
+    except Exception as error:  # the harvest's fault must not lose the analyzers' results
+        record_failure(store, checkpoint, "harvest", sentence(error))
+        counts["failures"] += 1
+        return None
+
+
+def _end_harvest(
+    store: Store,
+    checkpoint: Checkpoint,
+    folder: Path,
+    harvesting: Harvesting,
+    passes: Passes,
+    counts: dict[str, int],
+) -> None:
+    try:
+        harvesting.store(folder, passes)
+        counts["snapshots"] += 1
+    except Exception as error:  # as above
+        record_failure(store, checkpoint, "harvest", sentence(error))
+        counts["failures"] += 1
 
 
 def _result(

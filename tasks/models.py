@@ -2,7 +2,8 @@
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from analyzers.adapters import Adapter, Model
 from analyzers.base import WeightMatrices
 from analyzers.families import Family, family_of, head_counts
-from storage.errors import DamagedCheckpointError, UsageError
+from storage.errors import DamagedCheckpointError, UsageError, first_line
 from storage.keys import digest, file_sha256
 from storage.local import safetensors_header, weight_names
 from storage.probe import Probe, ProbeConfig, build_probe
@@ -128,6 +129,77 @@ def probe_of(folder: Path, config: ProbeConfig, root: str) -> Probe:
             config, AutoTokenizer.from_pretrained(source, trust_remote_code=False), root
         )
     return _probes[key]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a configuration says of a model's size."""
+
+    layers: int
+    width: int
+    vocabulary: int
+
+
+def sizes_of(folder: Path) -> Sizes:
+    """Sizes of a model of transformers, by its configuration alone.
+
+    Raises:
+        DamagedCheckpointError: there is no readable configuration.
+        UnknownFamilyError: no adapter knows the architecture.
+    """
+    family_of(_config(folder).get("model_type", ""))
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return Sizes(int(config.num_hidden_layers), int(config.hidden_size), int(config.vocab_size))
+    except Exception as error:  # whatever transformers makes of wrong settings
+        raise DamagedCheckpointError(
+            f"{folder.name}: config.json does not say the model's sizes: {first_line(error)}"
+        ) from error
+
+
+def vocabulary_rows(folder: Path, unembedding: bool, size: int) -> Iterator[Tensor]:
+    """Rows of W_U, or of W_E, as stored, ``size`` at a time.
+
+    A model whose two are tied stores W_E alone: it is W_U too.
+
+    Raises:
+        DamagedCheckpointError: no file holds the matrix, or one is cut short.
+        UnknownFamilyError: no adapter knows the architecture.
+    """
+    family = family_of(_config(folder).get("model_type", ""))
+    if unembedding and not _holds(folder, lambda name: family.vocabulary_matrix(name, True)):
+        if not AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings:
+            raise DamagedCheckpointError(
+                f"{folder.name}: no weight file holds W_U, and W_E is not tied to it"
+            )
+        unembedding = False
+    for file in weight_names(folder):
+        path = folder / file
+        if file.endswith(".safetensors"):
+            safetensors_header(path)
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (no dictionary)
+                    if family.vocabulary_matrix(name, unembedding):
+                        rows = tensors.get_slice(name)
+                        for start in range(0, rows.get_shape()[0], size):
+                            yield rows[start : start + size]
+                        return
+        else:
+            for name, tensor in _load_bin(path).items():
+                if family.vocabulary_matrix(name, unembedding):
+                    yield from torch.split(tensor, size)
+                    return
+    raise DamagedCheckpointError(f"{folder.name}: no weight file holds {'W_U' if unembedding else 'W_E'}")
+
+
+def _holds(folder: Path, wanted: Callable[[str], bool]) -> bool:
+    """Whether a weight file has a tensor of such a name."""
+    for file in weight_names(folder):
+        path = folder / file
+        names = safetensors_header(path) if file.endswith(".safetensors") else _load_bin(path)
+        if any(map(wanted, names)):
+            return True
+    return False
 
 
 class CheckpointWeights:

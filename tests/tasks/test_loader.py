@@ -68,6 +68,7 @@ def test_the_example_of_the_manual_is_measured(example: dict[str, str], here: Pa
             "keys_computed": len(config.measure.analyzers),
             "forward_passes": 1,
             "failures": 0,
+            "snapshots": 0,
         }
         assert measure(job, checkpoint, Path(checkpoint.location))["keys_computed"] == 0
     rows = store.table("metrics").to_pandas()

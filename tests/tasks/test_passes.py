@@ -71,7 +71,7 @@ def test_own_tokens_cost_one_more_pass(folder: Path, forward: list[tuple[int, ..
     todo = plan(job, store, checkpoint)
     assert todo.tokens == 6 * 16 + 6 * 20
     counts = measure(job, checkpoint, Path(checkpoint.location))
-    assert counts == {"keys_computed": 3, "forward_passes": 2, "failures": 0}
+    assert counts == {"keys_computed": 3, "forward_passes": 2, "failures": 0, "snapshots": 0}
     assert forward == [(4, 16), (2, 16), (4, 20), (2, 20)]
     assert plan(job, store, checkpoint).tokens == 0
     rows = store.table("metrics").to_pandas()
@@ -87,7 +87,7 @@ def test_alone_it_needs_neither_probe_nor_tokenizer(folder: Path, forward: list[
     job, store, checkpoint = prepared(folder, "induction")
     assert plan(job, store, checkpoint).probe is None
     counts = measure(job, checkpoint, Path(checkpoint.location))
-    assert counts == {"keys_computed": 1, "forward_passes": 1, "failures": 0}
+    assert counts == {"keys_computed": 1, "forward_passes": 1, "failures": 0, "snapshots": 0}
     assert forward == [(4, 20), (2, 20)]
 
 
@@ -96,7 +96,7 @@ def test_what_the_vocabulary_does_not_allow_fails_alone(folder: Path) -> None:
         folder, "loss", "induction", parameters="[measure.parameters.induction]\nlength = 300\n"
     )
     counts = measure(job, checkpoint, Path(checkpoint.location))
-    assert counts == {"keys_computed": 1, "forward_passes": 1, "failures": 1}
+    assert counts == {"keys_computed": 1, "forward_passes": 1, "failures": 1, "snapshots": 0}
     (failure,) = store.table("failures").to_pylist()
     assert failure["analyzer"] == "induction"
     assert failure["error"] == "ValueError: the vocabulary has 255 tokens, fewer than the 300 different ones"
