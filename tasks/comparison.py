@@ -158,7 +158,7 @@ def null_sentence(null: Null) -> str:
         return f"Too few surrogates to say whether smooth curves explain these trajectories as well ({gap})."
     if null.explained:
         return (
-            f"A smooth surrogate explains these trajectories as well: by itself the map is no "
+            "A smooth surrogate explains these trajectories as well: by itself the map is no "
             f"evidence of phases ({gap})."
         )
     return f"A smooth surrogate does not explain these trajectories as well ({gap})."
@@ -170,16 +170,17 @@ def _maps(null: Null, runs: int) -> list[str]:
         return []
     count = len(null.shapes)
     middle = {name: median(getattr(s, name) for s in null.shapes) for name in ("forks", "returning", "usual")}
+    linear = sum(shape.linear for shape in null.shapes)
     notes = [
         f"the map refitted with as few restarts has {null.shape.forks} forks, {null.shape.returning} of "
-        f"{runs} runs re-enter a state, and {null.shape.usual} share the commonest order; surrogates (median): "
-        f"{middle['forks']:g}, {middle['returning']:g} and {middle['usual']:g}; {null.same_map} of {count} "
-        f"have the same edges, {sum(shape.linear for shape in null.shapes)} are linear"
+        f"{runs} runs re-enter a state, and {null.shape.usual} share the commonest order; "
+        f"surrogates (median): {middle['forks']:g}, {middle['returning']:g} and {middle['usual']:g}; "
+        f"{null.same_map} of {count} have the same edges, {linear} are linear"
     ]
     if null.undecided:
         notes.append(
-            "the observed runs do better than the surrogates on average, but the surrogates differ by too much "
-            "to count it: that is no proof of smooth curves; more runs or more checkpoints would tell"
+            "the observed runs do better than the surrogates on average, but the surrogates differ by too "
+            "much to count it: that is no proof of smooth curves; more runs or more checkpoints would tell"
         )
     if null.rule_k is not None and null.rule_ks:
         numbers = ", ".join(map(str, null.rule_ks))

@@ -121,6 +121,6 @@ def phase_labels(
     return np.where(before, 0, np.where(after, 2, 1))
 
 
-def peak_labels(steps: Int[np.ndarray, "frames"], peak: float | None) -> Labels | None:
+def peak_labels(steps: Int[np.ndarray, "frames"], peak: int | None) -> Labels | None:
     """0 up to the peak of a growth curve, 1 after it; None without a peak."""
     return None if peak is None else np.asarray((steps > peak).astype(np.int64))

@@ -1,9 +1,9 @@
 """The null of a training map: does the same fit do as well on smooth surrogates of the runs?
 
 A Gaussian HMM cuts any drift into states, so a map by itself is no evidence of phases. A surrogate of a run
-has its metrics, its steps, its gaps and its noise, and no phase: each metric follows a smooth curve. A fit that
-does as well on surrogates has found nothing that needs phases. docs/training_map.md says what that can and
-cannot rule out.
+has its metrics, its steps, its gaps and its noise, and no phase: each metric follows a smooth curve. A fit
+that does as well on surrogates has found nothing that needs phases. docs/training_map.md says what that can
+and cannot rule out.
 """
 
 from collections import Counter
