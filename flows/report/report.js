@@ -346,7 +346,7 @@
 
   function drawBands() {
     if (!byId("band-plot")) return;
-    const chosen = data.bands[Number(byId("band-run").value)], scale = "symlog";
+    const chosen = data.bands[Number(byId("band-run").value)], scale = byId("step-axis") ? byId("step-axis").value : "symlog";
     const run = data.runs.find((each) => each.name === chosen.run);
     const { axis, layout } = layoutBase();
     const names = chosen.bands.map((band) => plain(band.name));
@@ -356,7 +356,7 @@
       xaxis: { ...axis, ...stepAxis([run], scale) },
       yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, range: [names.length - 0.5, -0.5], showgrid: false, ticks: "", fixedrange: true },
     }, config);
-    byId("band-caption").textContent = `Run ${run.name}. In brackets: adjusted Rand index with the states of this run. Colours of states and of k-means mean the same; those of other pieces only tell neighbours apart.`;
+    byId("band-caption").textContent = `Run ${run.name}. In brackets: adjusted Rand index with the states of this run. Colours of states and of k-means mean the same; those of other pieces only tell neighbours apart. The step axis follows the choice above.`;
   }
 
   // ---- downloads

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from analyzers.latent import StateSettings
+from analyzers.latent import StateSettings, from_long
 from flows.report import render_report
 from flows.report.baselines import baseline_lines, null_lines
 from flows.report.data import collect
 from flows.report.summary import summarize
 from storage import Store
+from tasks.comparison import store_comparison
 from tasks.states import StatesJob, fit_series
+from tasks.trajectories import select_trajectories, stored_metrics
 
 FIT = StateSettings(
     k_max=5, restarts=6, folds=0, bootstraps=0, surrogates=5, surrogate_restarts=3, surrogate_selections=0
@@ -205,3 +207,21 @@ def test_one_run_of_twenty_checkpoints_and_up_to_twelve_states(tmp_path: Path) -
     assert "The gap is on the run that was fitted, and one run cannot say" in text
     assert row["k"] <= 2 or "fewer than 10 each" in text
     assert "The gap is on the run that was fitted" in render_report(store, "s")
+
+
+def test_a_null_that_cannot_be_fitted_takes_no_map_away(tmp_path: Path) -> None:
+    store = filled(tmp_path, {"only": planted(0)[:20]})
+    fit_series(job(store, surrogates=0))
+    (chosen,) = [row for row in store.table("state_models", "s").to_pylist() if row["chosen"]]
+    # More states than the run has checkpoints: no start can be drawn.
+    row = {**chosen, "model": "other", "k": 25}
+    del row["recorded_at"]
+    store.write("state_models", [row], series="s", name="other")
+    chosen_rows = select_trajectories(stored_metrics(store, "s"), ("m*",))
+    assert store_comparison(store, "s", "other", from_long(chosen_rows), FIT)
+    (null,) = store.table("nulls", "s").to_pylist()
+    assert (
+        null["sentence"] == "No surrogate was fitted: no restart with K = 25 succeeded on the observed runs."
+    )
+    assert null["explained"] is None
+    assert null["gap"] is None
