@@ -335,7 +335,7 @@ _SPECS = (
             ("surrogate_logliks", pa.list_(_F64), "the same of each surrogate"),
             ("gap", _F64, "loglik minus the mean of surrogate_logliks; null without a surrogate"),
             ("spread", _F64, "standard deviation of surrogate_logliks; null with fewer than two"),
-            ("explained", pa.bool_(), "whether smooth surrogates do as well; null with fewer than three"),
+            ("explained", pa.bool_(), "whether smooth surrogates do as well; null where that is open"),
             ("rule_k", _I32, "K by the rule on the observed runs with these restarts; null where not tried"),
             ("surrogate_rule_ks", pa.list_(_I32), "K by the rule on the first surrogates"),
             ("runs", _I32, "runs of the map"),

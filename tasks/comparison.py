@@ -13,7 +13,7 @@ from analyzers.growth import GROWTH_FORM
 from analyzers.latent import StateSettings, Trajectories
 from analyzers.latent import baselines as cut
 from analyzers.latent.baselines import Labels
-from analyzers.latent.null import MapShape, Null, compare
+from analyzers.latent.null import FEWEST_SURROGATES, SPREADS, MapShape, Null, compare
 from analyzers.latent.trajectories import Scaler
 from storage.keys import digest
 from storage.store import Store, column_name
@@ -154,8 +154,13 @@ def null_sentence(null: Null) -> str:
     count = len(null.surrogates)
     spread = "" if null.spread is None else f", standard deviation {null.spread:.2g}"
     gap = f"gap {null.gap:+.3g} nats per checkpoint {where}, {count} surrogates{spread}"
-    if null.explained is None:
+    if null.explained is None and count < FEWEST_SURROGATES:
         return f"Too few surrogates to say whether smooth curves explain these trajectories as well ({gap})."
+    if null.explained is None:
+        return (
+            "Whether a smooth surrogate explains these trajectories as well is open: they lead every "
+            f"surrogate, but by no more than {SPREADS:g} standard deviations ({gap})."
+        )
     if null.explained:
         return (
             "A smooth surrogate explains these trajectories as well: by itself the map is no "
@@ -177,11 +182,6 @@ def _maps(null: Null, runs: int) -> list[str]:
         f"surrogates (median): {middle['forks']:g}, {middle['returning']:g} and {middle['usual']:g}; "
         f"{null.same_map} of {count} have the same edges, {linear} are linear"
     ]
-    if null.undecided:
-        notes.append(
-            "the observed runs do better than the surrogates on average, but the surrogates differ by too "
-            "much to count it: that is no proof of smooth curves; more runs or more checkpoints would tell"
-        )
     if null.rule_k is not None and null.rule_ks:
         numbers = ", ".join(map(str, null.rule_ks))
         notes.append(f"with as few restarts the rule chooses K = {null.rule_k}, and {numbers} on surrogates")

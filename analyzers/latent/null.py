@@ -29,10 +29,10 @@ Frames = Float[np.ndarray, "_frames metrics"]
 DEGREE = 5
 VALUES_PER_PARAMETER = 3
 TIME_CONSTANTS = 24
-# The observed runs must lead the surrogates by so many of their standard deviations, and all of them ...
-SPREADS = 4.0
-# ... and by so many nats per value: less is what a curve of another form than ours makes up for.
+# A gap of at most so many nats per value counts for nothing: curves of another form than ours give that ...
 LEAST = 0.02
+# ... and one of at most so many standard deviations of the surrogates may be chance.
+SPREADS = 4.0
 # Fewer surrogates have no spread to speak of.
 FEWEST_SURROGATES = 3
 
@@ -102,20 +102,17 @@ class Null:
 
     @property
     def explained(self) -> bool | None:
-        """Whether smooth surrogates do as well; None with fewer than three of them.
+        """Whether smooth surrogates do as well; None where that is open.
 
-        They do not where the observed runs lead every surrogate, by more than 4 standard deviations of the
-        surrogates and by more than 0.02 nats per value.
+        They do where a surrogate reaches the observed runs, or the gap is at most 0.02 nats per value. They
+        do not where the observed runs lead every surrogate by more than that, and the gap is more than 4
+        standard deviations of the surrogates. In between, and with fewer than three surrogates, it is open.
         """
         if self.gap is None or self.spread is None or len(self.surrogates) < FEWEST_SURROGATES:
             return None
-        least = max(SPREADS * self.spread, LEAST * self.values)
-        return not (self.loglik > max(self.surrogates) and self.gap > least)
-
-    @property
-    def undecided(self) -> bool:
-        """Whether the observed runs do better by as much as would count, were the surrogates less spread."""
-        return bool(self.explained) and self.gap is not None and self.gap > LEAST * self.values
+        if self.loglik <= max(self.surrogates) or self.gap <= LEAST * self.values:
+            return True
+        return False if self.gap > SPREADS * self.spread else None
 
     @property
     def same_map(self) -> int:

@@ -6,7 +6,7 @@ from latent_support import planted_series, saturation_curves, with_gaps
 from threadpoolctl import threadpool_limits
 
 from analyzers.latent import StateSettings
-from analyzers.latent.null import Smooth, compare, map_shape, smooth, surrogate
+from analyzers.latent.null import MapShape, Null, Smooth, compare, map_shape, smooth, surrogate
 
 STEPS = np.arange(0, 1000, 10)
 LOG_STEPS = np.unique(np.concatenate([[0], 2 ** np.arange(12), np.arange(2000, 143000, 1600)]))
@@ -163,3 +163,18 @@ def test_the_shape_of_a_map():
     hidden = {name: np.array([True, True, True, name != "d"]) for name in paths}
     shape = map_shape({name: np.array(path) for name, path in paths.items()}, hidden)
     assert shape.returning == 0
+
+
+@pytest.mark.parametrize(
+    ("loglik", "explained"),
+    # Surrogates: mean -10, standard deviation 1, highest -9; ten values: 0.2 nats count for nothing.
+    [(-11.0, True), (-9.0, True), (-8.9, None), (-6.1, None), (-5.9, False)],
+)
+def test_what_lies_between_the_answers_is_open(loglik, explained):
+    shape = MapShape(frozenset(), 0, 0, 1)
+    null = Null(2, True, loglik, (-11.0, -10.0, -9.0), 10.0, shape, (shape,) * 3, None, (), 0, ())
+    assert (null.gap, null.spread) == pytest.approx((loglik + 10, 1.0))
+    assert null.explained is explained
+    # All surrogates within a hair: a gap that is too small to mean anything is none, however sure it is.
+    sure = Null(2, True, loglik, (loglik - 0.1,) * 3, 10.0, shape, (shape,) * 3, None, (), 0, ())
+    assert sure.explained is True
