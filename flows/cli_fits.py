@@ -68,6 +68,7 @@ def states(series: SeriesArgument, root: RootOption = DEFAULT_ROOT, settings: Se
     if summary.remark:
         out.print(f"{summary.remark}.", markup=False)
     printing.print_states(summary)
+    printing.print_beside(Store(root), config.name)
     lines = driver_lines(Store(root).table("drivers", config.name).to_pylist())
     if lines:
         out.print("What drives each transition, strongest first, with the shift of the state's mean:")

@@ -167,6 +167,25 @@ def print_states(summary: Any) -> None:
         out.print(f"  {run}: {path or 'no change of state'}")
 
 
+def print_beside(store: Any, series: str) -> None:
+    """What smooth surrogates and simpler methods say of the newest map."""
+    from flows.report.baselines import baseline_lines, null_lines
+
+    model = next((row["model"] for row in store.table("state_models", series).to_pylist()), None)
+    nulls, beside = (
+        [row for row in store.table(table, series).to_pylist() if row["model"] == model]
+        for table in ("nulls", "baselines")
+    )
+    for line in null_lines(nulls):
+        out.print(line, markup=False, soft_wrap=True)
+    if not nulls:
+        out.print("No surrogates were fitted: nothing says whether smooth curves would do as well.")
+    if beside:
+        out.print("Agreement with the states (adjusted Rand index, 1: the same, 0: chance):")
+    for line in baseline_lines(beside):
+        out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
 def print_study(summary: Any, root: str) -> None:
     """All that a study did, and where its results are."""
     print_measured(summary.measure)

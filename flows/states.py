@@ -19,6 +19,7 @@ class StatesSummary(BaseModel):
     k: int
     computed: bool
     model: str
+    compared: bool
     boundaries: dict[str, list[tuple[int, int, int]]]
     remark: str | None = None
 
@@ -70,5 +71,6 @@ def fit_states_of(config: SeriesConfig | StoredConfig, root: str = default_root(
         boundaries=boundaries(store, config.name),
         model=done["model"],
         computed=done["computed"],
+        compared=done["compared"],
         remark=remark,
     )

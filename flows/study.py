@@ -30,7 +30,9 @@ def study_series(config: SeriesConfig, root: str = default_root()) -> StudySumma
     measured = measure_series(config, root)
     curves = curves_of(config, root, absent="skip")
     states = fit_states_of(config, root)
-    new = bool(measured.keys_computed or measured.failed or curves.computed or states.computed)
+    new = bool(
+        measured.keys_computed or measured.failed or curves.computed or states.computed or states.compared
+    )
     store = Store(root)
     report = f"{root}/reports/{config.name}.html"
     if new or not store.fs.exists(f"{store.path}/reports/{config.name}.html"):

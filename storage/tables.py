@@ -56,6 +56,9 @@ _COEFFICIENTS = pa.list_(
         ]
     )
 )
+_MAP = pa.struct(
+    [("edges", _I32), ("forks", _I32), ("returning", _I32), ("usual", _I32), ("linear", pa.bool_())]
+)
 _AT = pa.timestamp("us", tz="UTC")
 _STEP = ("step", _I64, "optimizer steps taken when the checkpoint was saved")
 _TOKENS = ("tokens", _I64, "training tokens seen; null where unknown")
@@ -63,6 +66,11 @@ _RECORDED = ("recorded_at", _AT, "when the row was written (UTC)")
 _KEY = ("key", _STR, "content key of the result (weights digest and protocol)")
 _PROTOCOL = ("protocol", _STR, "JSON: analyzer, version, parameters, probe, dtype, schema version")
 _MODEL = ("model", _STR, "identity of the fit: digest of its settings and data")
+_COMPARISON = (
+    "comparison",
+    _STR,
+    "identity of what is compared: digest of the fit and of what stands beside it",
+)
 
 _SPECS = (
     TableSpec(
@@ -307,6 +315,73 @@ _SPECS = (
             _RECORDED,
         ),
         newest_of="model",
+        per="series",
+    ),
+    TableSpec(
+        "nulls",
+        "one row per fit: the same fit on smooth surrogates of the runs, which have no phases",
+        _schema(
+            _MODEL,
+            _COMPARISON,
+            ("k", _I32, "number of states of all these fits: that of the map"),
+            ("surrogates", _I32, "surrogates that could be fitted"),
+            ("restarts", _I32, "restarts of each fit, on the observed runs too"),
+            (
+                "heldout",
+                pa.bool_(),
+                "true: likelihoods of the held-out runs; false: of the fitted run itself",
+            ),
+            ("loglik", _F64, "log-likelihood of the observed runs, nats per checkpoint with a value"),
+            ("surrogate_logliks", pa.list_(_F64), "the same of each surrogate"),
+            ("gap", _F64, "loglik minus the mean of surrogate_logliks; null without a surrogate"),
+            ("spread", _F64, "standard deviation of surrogate_logliks; null with fewer than two"),
+            ("explained", pa.bool_(), "whether smooth surrogates do as well; null where that is open"),
+            ("rule_k", _I32, "K by the rule on the observed runs with these restarts; null where not tried"),
+            ("surrogate_rule_ks", pa.list_(_I32), "K by the rule on the first surrogates"),
+            ("runs", _I32, "runs of the map"),
+            (
+                "map",
+                _MAP,
+                "map of the observed runs in this fit: edges, forks, runs that re-enter a state, runs that "
+                "share the commonest order of states, whether it has neither fork nor re-entry",
+            ),
+            ("surrogate_maps", pa.list_(_MAP), "the same of each surrogate"),
+            ("same_map", _I32, "surrogates whose map has the edges of the observed one"),
+            ("sentence", _STR, "the answer in words, with the gap"),
+            ("notes", pa.list_(_STR), "sentences on the maps and on what this null cannot support"),
+            _RECORDED,
+        ),
+        newest_of="comparison",
+        per="series",
+    ),
+    TableSpec(
+        "baselines",
+        "one row per fit, baseline, trajectory it is about, and run (run null: all runs)",
+        _schema(
+            _MODEL,
+            _COMPARISON,
+            ("baseline", _STR, "k-means, change points, or a form of the table curves"),
+            ("trajectory", _STR, "trajectory whose phases or growth curve these are; null for the others"),
+            (
+                "ari",
+                _F64,
+                "adjusted Rand index with the states of the same checkpoints; null where the baseline has no "
+                "boundary",
+            ),
+            ("n", _I64, "checkpoints it rests on"),
+            ("runs", _I32, "runs it rests on"),
+            ("boundaries", pa.list_(_I64), "first step of every piece but the first; null for all runs"),
+            (
+                "labels",
+                pa.list_(_I32),
+                "label of every piece; k-means: numbered like the states it matches best; change points: in "
+                "order; geometric-phases: 0 collapse, 1 expansion, 2 after it; growth curve: 0 up to the "
+                "peak, 1 after it",
+            ),
+            ("note", _STR, "what a reader must know of this row; null in the normal case"),
+            _RECORDED,
+        ),
+        newest_of="comparison",
         per="series",
     ),
     TableSpec(

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from analyzers.latent import Grid, StateSettings, Transform, fit_states, from_long
+from analyzers.latent import Grid, StateFit, StateSettings, Transform, fit_states, from_long
 from storage.errors import UsageError
 from storage.keys import digest
 from storage.store import Store
+from tasks.comparison import BESIDE, store_comparison
 from tasks.drivers import store_map
 from tasks.trajectories import select_trajectories, stored_metrics, transforms_of
 
@@ -31,7 +33,8 @@ class StatesJob(BaseModel):
 def fit_series(job: StatesJob) -> dict[str, Any]:
     """Fit the map unless the newest one stored is of the same data and settings; say which.
 
-    Returns a summary: model, k, computed, boundaries (run -> [step, from, to]), notes.
+    What stands beside the map (null, baselines) is made where the store lacks it, for a stored fit too.
+    Returns a summary: model, computed, compared.
 
     Raises:
         UsageError: there are no metrics, a trajectory is not in the store, or the data cannot be fitted.
@@ -41,32 +44,37 @@ def fit_series(job: StatesJob) -> dict[str, Any]:
     chosen = select_trajectories(metrics, job.trajectories)
     identity = digest(
         {
-            "job": job.model_dump(mode="json", exclude={"root"}),
+            "job": job.model_dump(mode="json", exclude={"root": True, "fit": set(BESIDE)}),
             "data": digest([[*row] for row in chosen.astype(object).where(chosen.notna(), None).to_numpy()]),
         }
     )
     newest = store.table("state_models", job.series).to_pylist()
-    if newest and newest[0]["model"] == identity:
-        return {"model": identity, "computed": False}
+    known = bool(newest) and newest[0]["model"] == identity
     names = list(dict.fromkeys(chosen["name"]))
     try:
         trajectories = from_long(
             chosen, transforms_of(names, job.transforms), job.min_share, order=names, grid=job.grid
         )
-        fit = fit_states(trajectories, job.fit)
+        fit = None if known else fit_states(trajectories, job.fit)
     except ValueError as error:
         raise UsageError(f"states of series {job.series!r}: {error}") from None
+    if fit is not None:
+        _store_fit(store, job.series, identity, fit, metrics)
+    compared = store_comparison(store, job.series, identity, trajectories, job.fit)
+    return {"model": identity, "computed": not known, "compared": compared}
+
+
+def _store_fit(store: Store, series: str, identity: str, fit: StateFit, metrics: pd.DataFrame) -> None:
     tokens = {(r.run, r.step): r.tokens for r in metrics[["run", "step", "tokens"]].itertuples(index=False)}
     rows = [
         {**row, "tokens": _whole(tokens.get((row["run"], row["step"])))} for row in fit.state_rows(identity)
     ]
     for run in sorted({row["run"] for row in rows}):
         mine = [row for row in rows if row["run"] == run]
-        store.write("states", mine, series=job.series, run=run, name=identity)
-    store_map(store, job.series, identity, fit, metrics)
+        store.write("states", mine, series=series, run=run, name=identity)
+    store_map(store, series, identity, fit, metrics)
     # Last: its file says that the fit is complete.
-    store.write("state_models", list(fit.state_model_rows(identity)), series=job.series, name=identity)
-    return {"model": identity, "computed": True}
+    store.write("state_models", list(fit.state_model_rows(identity)), series=series, name=identity)
 
 
 def _whole(value: Any) -> int | None:

@@ -199,7 +199,7 @@ def fit_states(trajectories: Trajectories, settings: StateSettings | None = None
 
     training = [scaled[run] for run in train]
     limit = _largest_k(int(seen_frames(training).sum()), settings.k_max, notes)
-    times = _times(trajectories.steps)
+    times = times_of(trajectories.steps)
     candidates = tuple(
         _relabelled(
             candidate(k, training, [scaled[run] for run in heldout], settings), list(scaled.values()), times
@@ -321,7 +321,7 @@ def _largest_k(frames: int, k_max: int, notes: list[str]) -> int:
     return min(limit, k_max)
 
 
-def _times(steps: Sequence[Int[np.ndarray, "_frames"]]) -> list[Int[np.ndarray, "_frames"]]:
+def times_of(steps: Sequence[Int[np.ndarray, "_frames"]]) -> list[Int[np.ndarray, "_frames"]]:
     """Time of every frame: the rank of its step in the union of all steps.
 
     Ranks rather than steps, or one late visit outweighs all checkpoints of the logarithmic part of a grid.

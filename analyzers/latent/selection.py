@@ -80,7 +80,7 @@ def candidate(k: int, train: Runs, heldout: Runs, settings: StateSettings) -> Ca
 
     Nothing of the held-out runs enters the parameters. Folds are made of all runs.
     """
-    done, failures = _fit(train, k, settings.restarts, settings)
+    done, failures = fit_k(train, k, settings.restarts, settings)
     if not done:
         return Candidate(k, failures=tuple(failures))
     best = done[0]
@@ -127,7 +127,7 @@ def heldout_loglik(k: int, runs: Runs, settings: StateSettings) -> float | None:
         if np.isnan(np.concatenate(others)).all(axis=0).any():
             # A metric that only this fold has leaves the others nothing to fit it by.
             return None
-        done, _ = _fit(others, k, settings.fold_restarts, settings)
+        done, _ = fit_k(others, k, settings.fold_restarts, settings)
         if not done:
             return None
         total += score(done[0].parameters, [runs[i] for i in fold])
@@ -254,7 +254,8 @@ def _prior(settings: StateSettings) -> Prior:
     return Prior(floor=settings.covariance_floor, probability_floor=settings.probability_floor)
 
 
-def _fit(runs: Runs, k: int, restarts: int, settings: StateSettings) -> tuple[list[Restart], list[str]]:
+def fit_k(runs: Runs, k: int, restarts: int, settings: StateSettings) -> tuple[list[Restart], list[str]]:
+    """:func:`analyzers.latent.restarts.fit_restarts` with the model, priors and seed of the settings."""
     return fit_restarts(
         runs,
         k,

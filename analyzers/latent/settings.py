@@ -42,6 +42,18 @@ class StateSettings(BaseModel):
     bootstraps: int = Field(
         10, ge=0, description="Refits to training runs drawn with replacement, per number of states."
     )
+    surrogates: int = Field(
+        10,
+        ge=0,
+        description="Smooth surrogates of the runs that the same fit is tried on (docs/training_map.md); 0: "
+        "none, and nothing says whether smooth curves would do as well.",
+    )
+    surrogate_restarts: int = Field(
+        6, ge=1, description="Seeded restarts per surrogate, and of the observed runs beside them."
+    )
+    surrogate_selections: int = Field(
+        2, ge=0, description="Surrogates on which the rule for the number of states is tried too."
+    )
     seed: int = Field(0, ge=0, description="Seed of the split by run, of every restart and every resample.")
     covariance: Covariance = Field("diag", description="Covariance of a state: diagonal or full.")
     topology: Topology = Field(

@@ -81,6 +81,8 @@ class ReportData:
     boundaries: list[Row]
     drivers: list[Row]
     outcomes: list[Row]
+    nulls: list[Row]
+    baselines: list[Row]
     provenance: list[Row]
     as_of: datetime | None
 
@@ -149,6 +151,8 @@ def collect(store: Store, series: str) -> ReportData:
             of_model("drivers"), key=lambda row: (row["from"], row["to"], row["run"] or "", row["rank"] or 0)
         ),
         outcomes=sorted(of_model("outcomes"), key=lambda row: str(row["outcome"])),
+        nulls=of_model("nulls"),
+        baselines=of_model("baselines"),
         provenance=sorted(rows("provenance"), key=lambda row: str(row["started"]), reverse=True),
         as_of=metrics["recorded_at"].max().to_pydatetime() if len(metrics) else None,
     )

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analyzers.latent import training_map
-from flows.report import drivers, growth, outcomes, phases, states, text
+from flows.report import baselines, drivers, growth, outcomes, phases, states, text
 from flows.report.data import Protocol, ReportData, Row, Trajectory, read_json
 from flows.report.selection import HEIGHT, WIDTH, panels
 from flows.report.summary import lasting, summarize
@@ -25,6 +25,7 @@ def render(data: ReportData) -> str:
     phase_places = phases.places(data)
     growth_places = growth.places(data)
     walks = states.paths(data)
+    bands = baselines.payload(data.baselines, walks)
     chosen = data.chosen
     colors = state_colors(1 + max((row.state for row in rows), default=-1))
     environment = Environment(
@@ -56,6 +57,9 @@ def render(data: ReportData) -> str:
         selection_size=(WIDTH, HEIGHT),
         map=draw(data, rows, colors) if rows else None,
         strongest=drivers.strongest(data.drivers),
+        null=baselines.null_lines(data.nulls),
+        beside=baselines.whole(data.baselines),
+        bands=bands,
         answers=[outcomes.describe(row) for row in data.outcomes],
         phase_places=phase_places,
         growth_places=growth_places,
@@ -66,7 +70,7 @@ def render(data: ReportData) -> str:
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        payload=Markup(_embed(payload(data, colors, phase_places, growth_places))),
+        payload=Markup(_embed(payload(data, colors, phase_places, growth_places) | {"bands": bands})),
     )
 
 

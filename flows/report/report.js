@@ -324,6 +324,41 @@
     byId("growth-caption").textContent = caption(trajectory);
   }
 
+  // ---- states beside simpler ways to cut a run
+
+  function bandTraces(run, bands, scale) {
+    const edges = cellEdges(run.steps, scale);
+    const start = (step) => edges[run.steps.indexOf(step)];
+    const all = bands.flatMap((band) => band.pieces.map(([label, step], i) => {
+      const next = band.pieces[i + 1];
+      const end = next ? start(next[1]) : edges[edges.length - 1];
+      const fill = band.states ? data.stateColors[label] : color(`--run-${label % runColors}`);
+      const until = next ? `to before ${spell(next[1])}` : "to the end";
+      return { band: band.name, label, begin: start(step), length: end - start(step), fill, ink: band.states ? data.stateInks[label] : color("--paper"), text: `${band.states ? "state" : "piece"} ${label}: step ${spell(step)} ${until}` };
+    })).filter((piece) => Number.isFinite(piece.begin) && Number.isFinite(piece.length));
+    return [{
+      type: "bar", orientation: "h", width: 0.82, showlegend: false, base: all.map((p) => p.begin), x: all.map((p) => p.length), y: all.map((p) => plain(p.band)),
+      marker: { color: all.map((p) => p.fill), line: { width: 1, color: color("--paper") } },
+      text: all.map((p) => String(p.label)), textposition: "inside", insidetextanchor: "middle", textangle: 0, textfont: { color: all.map((p) => p.ink) }, constraintext: "inside", cliponaxis: true,
+      customdata: all.map((p) => p.text), hovertemplate: "<b>%{y}</b><br>%{customdata}<extra></extra>",
+    }];
+  }
+
+  function drawBands() {
+    if (!byId("band-plot")) return;
+    const chosen = data.bands[Number(byId("band-run").value)], scale = byId("step-axis") ? byId("step-axis").value : "symlog";
+    const run = data.runs.find((each) => each.name === chosen.run);
+    const { axis, layout } = layoutBase();
+    const names = chosen.bands.map((band) => plain(band.name));
+    const margin = { l: 70, r: 16, t: 30, b: 56 };
+    Plotly.react(byId("band-plot"), bandTraces(run, chosen.bands, scale), {
+      ...layout, margin, height: names.length * 28 + margin.t + margin.b, barmode: "overlay", hovermode: "closest", uniformtext: { minsize: 9, mode: "hide" },
+      xaxis: { ...axis, ...stepAxis([run], scale) },
+      yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, range: [names.length - 0.5, -0.5], showgrid: false, ticks: "", fixedrange: true },
+    }, config);
+    byId("band-caption").textContent = `Run ${run.name}. In brackets: adjusted Rand index with the states of this run. Colours of states and of k-means mean the same; those of other pieces only tell neighbours apart. The step axis follows the choice above.`;
+  }
+
   // ---- downloads
 
   // A text that begins like a formula would be run by a spreadsheet.
@@ -367,7 +402,7 @@
 
   // ---- start
 
-  const drawAll = () => { drawLines(); drawHeat(); drawPhases(); drawGrowth(); };
+  const drawAll = () => { drawLines(); drawHeat(); drawPhases(); drawGrowth(); drawBands(); };
 
   if (byId("line-plot")) {
     pickLine = pickers("line", ["metric", "site", "layer", "head"], data.trajectories, drawLines);
@@ -392,6 +427,11 @@
     byId("growth-place").addEventListener("change", drawGrowth);
   }
 
+  if (byId("band-run")) {
+    byId("band-run").disabled = data.bands.length < 2;
+    byId("band-run").addEventListener("change", drawBands);
+  }
+
   const toggle = byId("theme");
   function themed() {
     toggle.textContent = isDark() ? "Light theme" : "Dark theme";
@@ -404,7 +444,7 @@
   // Paper is white and has a width of its own.
   const paperWidth = 680;
   let chosenTheme;
-  const plots = () => [byId("line-plot"), byId("heat-plot"), byId("phase-plot"), byId("growth-plot")].filter(Boolean);
+  const plots = () => [byId("line-plot"), byId("heat-plot"), byId("phase-plot"), byId("growth-plot"), byId("band-plot")].filter(Boolean);
   window.addEventListener("beforeprint", () => {
     chosenTheme = root.dataset.theme;
     root.dataset.theme = "light";

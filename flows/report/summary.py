@@ -73,6 +73,7 @@ def _states(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
     ]
     sentences += states.describe_changes(walks) or ["No run changes its state."]
     sentences.append(states.describe_choice(data.models, chosen))
+    sentences += [row["sentence"] for row in data.nulls]
     notes = states.caveats(chosen)
     sentences += notes[:_NOTES]
     if len(notes) > _NOTES:

@@ -72,6 +72,17 @@ def number_of(root: Path) -> dict[int, int]:
     return {planted: int((losses - loss).abs().idxmin()) for planted, loss in enumerate(MEANS["loss"])}
 
 
+def test_what_stands_beside_the_map_is_printed(fitted: tuple[Path, str]) -> None:
+    root, said = fitted
+    (row,) = open_root(root).table("nulls", "planted").to_pylist()
+    assert row["explained"] is False
+    assert row["sentence"] in said
+    assert f"does not explain these trajectories as well (gap {row['gap']:+.3g} nats" in said
+    assert "Agreement with the states (adjusted Rand index, 1: the same, 0: chance):" in said
+    assert "  k-means: 1.00 (16 runs)" in said
+    assert "  change points: 1.00 (16 runs)" in said
+
+
 def test_states_have_their_means_in_the_metrics_own_units(fitted: tuple[Path, str]) -> None:
     root, _ = fitted
     number = number_of(root)

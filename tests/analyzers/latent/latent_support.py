@@ -95,3 +95,18 @@ def planted_series(seed=0, runs=40, frames=100, d=14, noise=0.7):
         values.append(centers[path] + noise * rng.normal(size=(frames, d)))
         truth.append(path)
     return values, truth
+
+
+def saturation_curves(seed=0, runs=40, frames=100, d=14, noise=0.3, steps=None):
+    """Runs without phases: every metric goes to its limit at a rate of its own, much alike in all runs."""
+    rng = np.random.default_rng(seed)
+    steps = np.arange(frames) if steps is None else steps
+    size = 2 * rng.normal(size=d)
+    constant = steps[-1] * np.exp(rng.uniform(np.log(0.05), np.log(0.6), d))
+    return [
+        size
+        * rng.normal(1, 0.05, d)
+        * -np.expm1(-steps[:, None] / (constant * np.exp(0.1 * rng.normal(size=d))))
+        + noise * rng.normal(size=(len(steps), d))
+        for _ in range(runs)
+    ]

@@ -143,7 +143,19 @@ def _fill_map(store: Store, series: str) -> None:
         "dissimilarity": 0.25,
         "notes": ["a <b>note</b>"],
     }
+    null = {"sentence": "Smooth <b>curves</b> do as well (gap +0.1).", "notes": ["a note on the null"]}
+    whole = {"run": None, "ari": 0.75, "n": 59, "runs": 3}
+    alone = {"run": "seed1", "n": 20, "runs": 1}
+    beside = [
+        {**whole, "baseline": "change points"},
+        {**whole, "baseline": "k-means", "ari": 0.5},
+        {**alone, "baseline": "k-means", "ari": 0.25, "boundaries": [16, 512], "labels": [0, 1, 2]},
+        {**alone, "baseline": "change points", "ari": 1.0, "boundaries": [32], "labels": [0, 1]},
+        {**alone, "baseline": "geometric-phases", "trajectory": "loss", "note": "no end"},
+    ]
     tables = {
+        "nulls": [null, {**null, "sentence": "Of an older null.", "model": "older"}],
+        "baselines": beside,
         "boundaries": boundaries,
         "drivers": [{"from": 0, "to": 1, "shift_scaled": 1.5, **row} for row in drivers],
         "outcomes": [outcome, {**outcome, "outcome": "of an older fit", "model": "older"}],

@@ -107,6 +107,7 @@ def test_summary_says_what_is_known(report_store: Store) -> None:
             "State 1 changes to 2 at step 512 in seed3.",
             "State 2 changes to 1 at step 800 in seed3.",
             "3 states were chosen among 1 to 5: they give the lowest BIC on held-out seed3.",
+            "Smooth <b>curves</b> do as well (gap +0.1).",
             "Two metrics are few.",
         ],
         "Geometric phases": [
@@ -196,6 +197,28 @@ def test_the_map_shows_drivers_boundaries_and_outcomes(elements: _Elements, repo
     assert "State 2 is a detour: seed1 and seed2 did without it (mean 600), seed3 went through it" in text
     assert "A <b>note</b>." in text
     assert "of an older fit" not in text
+
+
+def test_null_and_baselines_stand_beside_the_map(elements: _Elements, report_page: str) -> None:
+    text = " ".join("".join(elements.text).split())
+    assert "Smooth <b>curves</b> do as well (gap +0.1)." in text
+    assert "A note on the null." in text
+    assert "Of an older null" not in text
+    assert _cells(report_page, "table-baselines") == [
+        ["k-means", "0.5", "3", "59", ABSENT],
+        ["change points", "0.75", "3", "59", ABSENT],
+    ]
+    # The path first; what has no boundary has no band, and runs without any baseline no picture.
+    assert json.loads(elements.json)["bands"] == [
+        {
+            "run": "seed1",
+            "bands": [
+                {"name": "states", "states": True, "pieces": [[0, 0], [1, 32]]},
+                {"name": "k-means (0.25)", "states": True, "pieces": [[0, 0], [1, 16], [2, 512]]},
+                {"name": "change points (1)", "states": False, "pieces": [[0, 0], [1, 32]]},
+            ],
+        }
+    ]
 
 
 def test_runs_that_part_are_named() -> None:
@@ -386,6 +409,28 @@ def test_first_view(opened: Any, tmp_path: Path) -> None:
     assert heat[3][4] is None
     opened.screenshot(path=tmp_path / "report.png", full_page=True)
     assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_pieces_of_a_run_are_drawn_as_bands(opened: Any) -> None:
+    drawn = opened.evaluate(
+        "(() => { const t = document.getElementById('band-plot').data[0];"
+        " return t.y.map((y, i) => [y, t.text[i], t.base[i], t.base[i] + t.x[i]]); })()"
+    )
+    assert [(name, label) for name, label, _, _ in drawn] == [
+        ("states", "0"),
+        ("states", "1"),
+        ("k-means (0.25)", "0"),
+        ("k-means (0.25)", "1"),
+        ("k-means (0.25)", "2"),
+        ("change points (1)", "0"),
+        ("change points (1)", "1"),
+    ]
+    # A change lies halfway between its two checkpoints on the axis as drawn: log10 of 1 + 16 and 1 + 32.
+    change = (np.log10(17) + np.log10(33)) / 2
+    assert drawn[0][3] == drawn[1][2] == pytest.approx(change)
+    assert drawn[1][3] == drawn[4][3] == drawn[6][3]
+    opened.locator("#theme").click()
+    assert opened.locator("#band-plot .bars path").count() == 7
 
 
 def test_pickers_change_the_plots(opened: Any) -> None:
