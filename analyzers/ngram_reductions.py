@@ -42,7 +42,7 @@ class Bigrams:
             raise ValueError(f"token {int(tokens.max())} is beyond a vocabulary of {vocabulary}")
         pairs, counts = torch.unique(tokens, dim=0, return_counts=True)
         before, after = pairs.T
-        total = torch.bincount(tokens[:, 0], minlength=vocabulary)
+        total = torch.bincount(tokens[:, 0], minlength=vocabulary).double()
         unigram = torch.bincount(tokens[:, 1], minlength=vocabulary).double() / len(tokens)
         if prior is None:
             once = counts.double() - 1
@@ -67,22 +67,19 @@ class Bigrams:
         tokens = probe.tokens.cpu()
         return cls(torch.stack([tokens[:, :-1][both], tokens[:, 1:][both]], dim=1), vocabulary, prior, device)
 
-    def unigram_divergence(self, logits: Float[Tensor, "n vocabulary"]) -> Float64[Tensor, "n"]:
-        """``KL(q1 || p)`` in nats, p being the softmax of each row of logits."""
-        divergence: Tensor = self._negentropy + logits.logsumexp(dim=1).double() - self._expected(logits)
-        return divergence
-
-    def bigram_divergence(
+    def divergences(
         self,
         logits: Float[Tensor, "n vocabulary"],
         before: Int64[Tensor, "n"],
         after: Int64[Tensor, "n"],
-    ) -> Float64[Tensor, "n"]:
-        """``KL(q2 || p)`` in nats at positions where the token ``after`` follows ``before``.
+    ) -> tuple[Float64[Tensor, "n"], Float64[Tensor, "n"]]:
+        """``KL(q1 || p)`` and ``KL(q2 || p)`` in nats where the token ``after`` follows ``before``.
 
-        Only followers that were seen are visited: all others have ``prior q1 / (c(u) - 1 + prior)``, whose
-        part of the sums is known from q1.
+        p is the softmax of each row of logits. Of the bigram only followers that were seen are visited: all
+        others have ``prior q1 / (c(u) - 1 + prior)``, whose part of the sums is known from q1.
         """
+        log_z = logits.logsumexp(dim=1).double()
+        expected = (logits @ self.unigram.to(logits.dtype)).double()
         number = self._number[before]
         position = torch.arange(len(before), device=logits.device).repeat_interleave(number)
         place = torch.arange(len(position), device=logits.device)
@@ -95,12 +92,8 @@ class Bigrams:
         bigram = (self._counts[place] - own) / size[position] + base
         gain = torch.xlogy(bigram, bigram) - torch.xlogy(base, base)
         gain = gain - (bigram - base) * logits[position, seen].double()
-        unseen = torch.xlogy(weight, weight) + weight * (self._negentropy - self._expected(logits))
-        divergence: Tensor = unseen + logits.logsumexp(dim=1).double()
-        return divergence.index_add(0, position, gain)
-
-    def _expected(self, logits: Float[Tensor, "n vocabulary"]) -> Float64[Tensor, "n"]:
-        return (logits @ self.unigram.to(logits.dtype)).double()
+        unseen = torch.xlogy(weight, weight) + weight * (self._negentropy - expected)
+        return self._negentropy + log_z - expected, (unseen + log_z).index_add(0, position, gain)
 
 
 class NgramState:
@@ -137,8 +130,9 @@ class NgramState:
                 torch.split(logits[first:last], _POSITIONS), torch.split(pairs, _POSITIONS), strict=True
             ):
                 wide = part.to(torch.promote_types(part.dtype, torch.float32))
-                self.unigram += float(reference.unigram_divergence(wide).sum())
-                self.bigram += float(reference.bigram_divergence(wide, pair[:, 0], pair[:, 1]).sum())
+                unigram, bigram = reference.divergences(wide, pair[:, 0], pair[:, 1])
+                self.unigram += float(unigram.sum())
+                self.bigram += float(bigram.sum())
                 self.n += len(pair)
 
     def _known(self, batch: Batch, values: Tensor) -> Bigrams:

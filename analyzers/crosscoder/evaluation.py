@@ -12,10 +12,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from analyzers.crosscoder.pairs import PairReader
-from analyzers.crosscoder.scaling import LatentScaling, ScalingSums, residuals
+from analyzers.crosscoder.scaling import LatentScaling, ScalingSums, blocks, residuals
 from analyzers.crosscoder.weights import Crosscoder
-
-_ROWS = 512  # tokens at a time: the float64 copy of their activations stays small
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,12 @@ class _Spread:
         self.squares = torch.zeros_like(self.mean)
 
     def update(self, rows: Float[Tensor, "batch inputs"]) -> None:
-        wide = rows.double()
-        mean, n = wide.mean(dim=0), len(rows)
-        apart = mean - self.mean
-        self.squares += (wide - mean).square().sum(dim=0) + apart.square() * (self.n * n / (self.n + n))
+        near, n = rows.mean(dim=0), len(rows)
+        centred = rows - near  # small numbers: float32 keeps their squares to 1e-7
+        rest = centred.sum(dim=0, dtype=torch.float64) / n
+        squares = centred.square().sum(dim=0, dtype=torch.float64) - n * rest.square()
+        apart = near.double() + rest - self.mean
+        self.squares += squares + apart.square() * (self.n * n / (self.n + n))
         self.n += n
         self.mean += apart * (n / self.n)
 
@@ -104,14 +104,14 @@ def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ inputs"]
     for batch in batches:
         if batch.ndim != 2 or batch.shape[1] != inputs:
             raise ValueError(f"activations of shape {tuple(batch.shape)}, not of {inputs} channels")
-        for rows in torch.split(batch.to(device), _ROWS):
+        for rows in blocks(crosscoder, batch):
             if not len(rows):
                 continue
             pairs = reader.read(rows)
             left = residuals(reader, pairs, rows)
             scaling.update(pairs, rows, left)
             spread.update(rows)
-            error += left.double().square().sum(dim=(0, 2))
+            error += left.square().sum(dim=(0, 2), dtype=torch.float64)
             active += torch.bincount(pairs.latents, minlength=crosscoder.latents)
             if pairs.open is not None:
                 each.index_add_(0, pairs.latents, pairs.open.long())

@@ -11,7 +11,7 @@ to a target ``Y_s`` in least squares over the pool is
 activation that this snapshot's decoder sees: the same for all s, so that beta is comparable between them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,7 @@ from torch import Tensor
 from analyzers.crosscoder.pairs import ActivePairs, PairReader
 from analyzers.crosscoder.weights import Crosscoder
 
-_ROWS = 512
-_ELEMENTS = 1 << 22  # of what is gathered for some pairs at a time
+_ELEMENTS = 1 << 23  # of activations at a time
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,28 @@ class ScalingSums:
         """Take in tokens: their active pairs, scaled activations, and what their reconstruction leaves."""
         crosscoder = self.reader.crosscoder
         features = (rows - crosscoder.decoder_bias).view(residual.shape)
-        size = max(1, _ELEMENTS // crosscoder.width)
-        for start in range(0, len(pairs.tokens), size):
-            part = slice(start, start + size)
-            tokens, latents = pairs.tokens[part], pairs.latents[part]
-            directions = self._directions[latents]
-            values = pairs.values[part].double()
-            for snapshot in range(crosscoder.snapshots):
-                for target, sums in ((residual, self._left), (features, self._whole)):
-                    along = torch.einsum("pd,pd->p", target[tokens, snapshot], directions)
-                    sums[:, snapshot].index_add_(0, latents, values * along)
-                self._square[:, snapshot].index_add_(0, latents, values * pairs.at(snapshot)[part].double())
+        if not len(pairs.latents):
+            return
+        # Pairs in order of latents: those of one latent are one bag, Y' f of it one weighted sum of rows.
+        order = pairs.latents.argsort(stable=True)
+        latents, counts = torch.unique_consecutive(pairs.latents[order], return_counts=True)
+        starts, tokens, values = counts.cumsum(0) - counts, pairs.tokens[order], pairs.values[order]
+        bags = torch.arange(len(latents), device=latents.device).repeat_interleave(counts)
+        directions = self._directions[latents]
+        for snapshot in range(crosscoder.snapshots):
+            places = tokens * crosscoder.snapshots + snapshot
+            for target, sums in ((residual, self._left), (features, self._whole)):
+                weighted = torch.nn.functional.embedding_bag(
+                    places,
+                    target.view(-1, crosscoder.width),
+                    starts,
+                    mode="sum",
+                    per_sample_weights=values,
+                )
+                sums[latents, snapshot] += (weighted * directions).sum(dim=1, dtype=torch.float64)
+            products = values.double() * pairs.at(snapshot)[order].double()
+            square = torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
+            self._square[latents, snapshot] += square.index_add_(0, bags, products)
 
     def finish(self) -> LatentScaling:
         """The factors of all that was taken in."""
@@ -102,10 +112,17 @@ def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ in
     reader = PairReader(crosscoder)
     sums = ScalingSums(reader)
     for batch in batches:
-        for rows in torch.split(batch.to(crosscoder.decoder.device), _ROWS):
+        for rows in blocks(crosscoder, batch):
             pairs = reader.read(rows)
             sums.update(pairs, rows, residuals(reader, pairs, rows))
     return sums.finish()
+
+
+def blocks(
+    crosscoder: Crosscoder, batch: Float[Tensor, "batch inputs"]
+) -> Sequence[Float[Tensor, "_ inputs"]]:
+    """The tokens of a batch on the crosscoder's device, so few at a time that copies of them stay small."""
+    return torch.split(batch.to(crosscoder.decoder.device), max(1, _ELEMENTS // batch.shape[1]))
 
 
 def residuals(

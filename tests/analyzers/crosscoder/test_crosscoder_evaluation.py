@@ -60,7 +60,7 @@ def test_all_numbers_against_the_dense_formulas(gate: Gate) -> None:
     bias = crosscoder.decoder_bias.double().view(3, 5)
     left = a - torch.einsum("bsm,msd->bsd", f, decoder) - bias
     np.testing.assert_allclose(found.error, left.square().sum((0, 2)), rtol=1e-5)
-    np.testing.assert_allclose(found.variance, (a - a.mean(0)).square().sum((0, 2)), rtol=1e-12)
+    np.testing.assert_allclose(found.variance, (a - a.mean(0)).square().sum((0, 2)), rtol=1e-6)
     np.testing.assert_array_equal(found.active_each, (f > 0).sum(0).T)
     np.testing.assert_array_equal(found.active, (f > 0).any(1).sum(0))
     assert found.l0 == pytest.approx(float((f > 0).any(1).sum(1).double().mean()))
@@ -92,7 +92,7 @@ def test_any_split_gives_the_whole(gate: Gate) -> None:
     ragged = [rows[:5], rows[5:5], rows[5:900], rows[900:]]
     assert_alike(evaluate(crosscoder, iter(ragged)), whole, rtol=1e-5)
     np.testing.assert_allclose(
-        whole.variance, rows.double().view(-1, 3, 5).var(dim=0, correction=0).sum(1) * 1300, rtol=1e-12
+        whole.variance, rows.double().view(-1, 3, 5).var(dim=0, correction=0).sum(1) * 1300, rtol=1e-6
     )
     alone = latent_scaling(crosscoder, rows.split(100))
     np.testing.assert_allclose(alone.beta, whole.scaling.beta, rtol=1e-4, atol=1e-4)
@@ -117,7 +117,7 @@ def test_the_mean_explains_nothing() -> None:
     mean = rows.double().mean(0).float()
     nothing = Crosscoder(zero, torch.zeros(8), zero, mean, torch.zeros(8), torch.ones(2), activation="relu")
     found = evaluate(nothing, [rows])
-    np.testing.assert_allclose(found.explained_variance, 0, atol=1e-8)
+    np.testing.assert_allclose(found.explained_variance, 0, atol=1e-6)
     assert found.l0 == 0
     assert found.dead.all()
     assert np.isnan(found.scaling.beta).all()
