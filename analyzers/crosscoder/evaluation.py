@@ -88,7 +88,7 @@ class _Spread:
 def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ inputs"]]) -> Evaluation:
     """One pass over a pool of scaled activations, in any split.
 
-    Cost per token beside the encoder's product: about ``6 S d`` multiplications for each active latent.
+    Cost per token beside the encoder's product: about ``6 S d`` FLOP for each active latent.
 
     Raises:
         ValueError: the pool is empty, of another width, or not finite.
