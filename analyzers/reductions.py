@@ -17,13 +17,14 @@ class Batch:
     """Sequences that go through the model together; ``index`` numbers them within the probe.
 
     ``mask`` is False at padding, which lies before or after a sequence; None: there is none. ``domains``
-    are the labels of the sequences, where the probe has them.
+    are the labels of the sequences, where the probe has them. ``probe`` is the whole that they are a part of.
     """
 
     tokens: Int64[Tensor, "batch time"]
     index: Int64[Tensor, "batch"]
     mask: Bool[Tensor, "batch time"] | None = None
     domains: tuple[str | None, ...] | None = None
+    probe: "Batch | None" = None
 
     def part(self, rows: slice) -> "Batch":
         """Some of its sequences."""
@@ -32,6 +33,7 @@ class Batch:
             self.index[rows],
             None if self.mask is None else self.mask[rows],
             None if self.domains is None else self.domains[rows],
+            self.probe,
         )
 
 

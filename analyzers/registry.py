@@ -45,6 +45,7 @@ def load_all() -> dict[str, type[Analyzer]]:
     import analyzers.loss
     import analyzers.massive
     import analyzers.massive_channels
+    import analyzers.ngrams
     import analyzers.patches
     import analyzers.similarity
     import analyzers.spectra

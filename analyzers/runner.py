@@ -1,5 +1,6 @@
 """The one pass: a model runs over the probe once and feeds every reduction that any analyzer needs."""
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ def batches(
     """The probe in batches of ``size`` sequences, in order; ``domains`` are the labels of its sequences."""
     probe = Batch(tokens, torch.arange(tokens.shape[0]), domains=None if domains is None else tuple(domains))
     for start in range(0, tokens.shape[0], size):
-        yield probe.part(slice(start, start + size))
+        yield dataclasses.replace(probe.part(slice(start, start + size)), probe=probe)
 
 
 def missing_site(model: Model, specs: Iterable[Spec]) -> str | None:
