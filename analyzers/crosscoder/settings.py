@@ -44,6 +44,9 @@ class TrainSettings(BaseModel):
             description="weight of the penalty; absent: 0.3 for jumprelu, 5 for relu; batch-topk has none",
         ),
     ] = None
+    penalty_warm_up: Annotated[
+        float, Field(ge=0, le=1, description="share of the steps over which the penalty rises linearly")
+    ] = 0.1
     tanh_scale: Annotated[float, Field(gt=0, description="jumprelu: c of the penalty")] = 4.0
     tanh_frequency: Annotated[
         float,
@@ -89,6 +92,11 @@ class TrainSettings(BaseModel):
         if self.penalty is not None:
             return self.penalty
         return {"batch-topk": 0.0, "jumprelu": 0.3, "relu": 5.0}[self.activation]
+
+    def penalty_share(self, step: int) -> float:
+        """Share of the penalty's weight at a step, the first of which is 0."""
+        up = self.penalty_warm_up * self.steps
+        return min(1.0, (step + 1) / up) if up else 1.0
 
     def rate(self, step: int) -> float:
         """Share of the learning rate at a step, the first of which is 0: up, level, down towards 0."""

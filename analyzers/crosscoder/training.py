@@ -197,7 +197,8 @@ class Trainer:
         error = self.shards.total(kernels.decode(pairs, values, p.decoder)).add_(p.decoder_bias).sub_(rows)
         gradient = error * (2 / batch)
         features = kernels.feature_gradient(pairs, gradient, p.decoder, values.shape[1])
-        penalty = self._penalty(active, factors, settings.penalty_weight * share)
+        weight = settings.penalty_weight * settings.penalty_share(self.steps_done)
+        penalty = self._penalty(active, factors, weight * share)
         if penalty is not None:
             features += penalty.features
             sums.penalty += penalty.value
