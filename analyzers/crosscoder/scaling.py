@@ -14,16 +14,18 @@ Target = Literal["activations", "own-share"]
 
 
 class LatentScaling:
-    """``beta_is = d_i' (Y_s' f_i) / (||f_i||^2 ||d_i||^2)``: the factor with which ``beta f_i d_i`` is nearest to Y_s.
+    """The factor with which ``beta f_i d_i`` is nearest to the activations ``Y_s`` of a snapshot.
 
-    ``d_i`` is one direction for all snapshots: the decoder row at the snapshot where it is longest. So beta is
-    1 where the feature does what its decoder says there, and nothing that a penalty did to other rows shrinks
-    it. ``Y_s`` are scaled activations less the decoder's bias (``activations``), or the error of the
-    reconstruction plus the feature's own part (``own-share``), which leaves out what correlated features do. (Latent
-    scaling: arXiv 2504.02922, section 3; both take one pass in closed form.)
+    ``beta_is = d_i' (Y_s' f_i) / (||f_i||^2 ||d_i||^2)`` (latent scaling, arXiv 2504.02922), in closed form
+    from one pass. ``d_i`` is one direction for all snapshots: the decoder row at the snapshot where it is
+    longest. So beta is 1 where the feature does what its decoder says there, and what a penalty did to the
+    rows of other snapshots does not shrink it.
 
-    With a gate per snapshot ``f_i`` is the encoder's output where the gate is open at any snapshot: a gate that
-    shuts at weak snapshots would hide what is asked for.
+    ``Y_s`` are scaled activations less the decoder's bias (``activations``), or the reconstruction's error
+    plus the feature's own part (``own-share``), which leaves out what correlated features explain.
+
+    With a gate per snapshot ``f_i`` is the encoder's output where the gate is open at any snapshot: a gate
+    that shuts at weak snapshots would hide what is asked for.
     """
 
     def __init__(
@@ -67,9 +69,7 @@ class LatentScaling:
         factor = strengths.sum(dim=1) if self.crosscoder.gate == "shared" else strengths.max(dim=1).values
         return before * (before * factor > self.crosscoder.threshold)
 
-    def _own(
-        self, pairs: Pairs, values: Float[Tensor, "pairs one"]
-    ) -> Float[Tensor, "pairs snapshots"]:
+    def _own(self, pairs: Pairs, values: Float[Tensor, "pairs one"]) -> Float[Tensor, "pairs snapshots"]:
         """``<d_i, f_bis d_is>`` of each pair, with the feature as the decoder of each snapshot sees it."""
         crosscoder = self.crosscoder
         decoder = crosscoder.decoder[self.latents].view(len(self.latents), crosscoder.snapshots, -1)
@@ -81,7 +81,7 @@ class LatentScaling:
         return values * along * open_gate
 
     def result(self) -> Float[Tensor, "chosen snapshots"]:
-        """Beta of every latent at every snapshot; nan for latents that were never active or have no decoder."""
+        """Beta of every latent at every snapshot; nan where a latent was never active or has no decoder."""
         norms = self._directions.double().square().sum(dim=1)
         bottom = self._squares * norms
         return (self._products / torch.where(bottom > 0, bottom, torch.nan)[:, None]).float()

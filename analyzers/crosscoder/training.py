@@ -389,5 +389,6 @@ def _put(out: Tensor, gradient: Tensor, add: bool) -> None:
 
 
 def _squares(rows: Float[Tensor, "batch inputs"], snapshots: int) -> Float[Tensor, "snapshots"]:
-    norms: Tensor = torch.linalg.vector_norm(rows.view(rows.shape[0], snapshots, -1), dim=(0, 2))
-    return norms.square()
+    # Rows first: a norm over both dimensions at once adds up in a way that loses four digits.
+    norms: Tensor = torch.linalg.vector_norm(rows.view(rows.shape[0], snapshots, -1), dim=2)
+    return norms.square().sum(dim=0)

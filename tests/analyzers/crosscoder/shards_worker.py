@@ -47,9 +47,7 @@ def main() -> None:
     """``shards_worker.py RANK PROCESSES FOLDER``; the last process writes what it found."""
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=processes
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=processes)
     found = {case: train(case, GroupShards()) for case in CASES}
     if rank == processes - 1:
         torch.save(found, folder / "found.pt")

@@ -43,9 +43,7 @@ def relative(strengths: Tensor) -> Tensor:
     return strengths / strengths.max(dim=1, keepdim=True).values
 
 
-def test_the_dictionary_is_recovered(
-    planted: Planted, found: tuple[Crosscoder, list[StepReport]]
-) -> None:
+def test_the_dictionary_is_recovered(planted: Planted, found: tuple[Crosscoder, list[StepReport]]) -> None:
     latents, cosines = match(found[0], planted.truth)
     assert (cosines > 0.9).float().mean() >= 0.95
     assert len(set(latents.tolist())) == FEATURES
