@@ -3,6 +3,8 @@
 All sides compute the same function: they start from the same weights, see the same batches and choose the
 same latents, so that their losses are equal. All use torch's fused Adam, but ``einsum``, which stands for the
 layout as it is commonly written, uses torch's default; ``einsum_fused`` shows what the layout alone costs.
+``einsum_gated`` has a gate for each snapshot on both sides, as the method's public code has; there the dense
+layout compares, masks and multiplies in ``[batch, S, m]``.
 """
 
 import os
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from analyzers.crosscoder.settings import TrainSettings
 from analyzers.crosscoder.training import Trainer, TrainerState
+from analyzers.crosscoder.weights import Gate
 from benchmarks.timing import Line, Seconds, alternate, machine, now
 
 _ROOT = Path(__file__).parents[1]
@@ -38,7 +41,7 @@ class Shape:
     batch: int = 512
 
 
-_CPU_BARS = {"einsum": 1 / 6, "einsum_fused": None, "concatenated": 1 / 3}
+_CPU_BARS = {"einsum": 1 / 6, "einsum_gated": 1 / 6, "einsum_fused": None, "concatenated": 1 / 3}
 CPU = Shape()
 CUDA = Shape(snapshots=32, width=768, latents=24_576, k=32, batch=2048)
 
@@ -113,7 +116,7 @@ class Concatenated:
         """Mask of the largest of the batch."""
         with torch.no_grad():
             compared = before * norms
-            count = self.settings.k * before.shape[0]
+            count = self.settings.k * before[..., 0].numel()
             return compared >= compared.flatten().topk(count, sorted=False).values.min()
 
     def error(self, rows: Tensor) -> Tensor:
@@ -156,17 +159,37 @@ class PerSnapshotDefault(PerSnapshot):
     fused = None
 
 
+class Gated(PerSnapshotDefault):
+    """The same with a gate for each snapshot."""
+
+    def error(self, rows: Tensor) -> Tensor:
+        """Reconstruction less the rows."""
+        each = rows.view(rows.shape[0], self.shape.snapshots, -1)
+        with self.half():
+            parts = torch.einsum("bsd,sdm->bsm", each, self.encoder)
+            before = torch.relu(parts.sum(dim=1) + self.encoder_bias)[:, None].expand_as(parts)
+            features = before * self.kept(before, torch.linalg.vector_norm(self.decoder.detach(), dim=2))
+            return torch.einsum("bsm,smd->bsd", features, self.decoder) + self.decoder_bias - each
+
+
 _SIDES: Mapping[str, Callable[[Shape, TrainerState, torch.device], Any]] = {
     "ours": Ours,
     "concatenated": Concatenated,
     "einsum_fused": PerSnapshot,
     "einsum": PerSnapshotDefault,
+    "einsum_gated": Gated,
 }
 
 
-def start_of(shape: Shape, rows: Tensor, device: torch.device) -> TrainerState:
+def _gate(side: str) -> Gate:
+    return "per-snapshot" if side == "einsum_gated" else "shared"
+
+
+def start_of(shape: Shape, rows: Tensor, device: torch.device, gate: Gate) -> TrainerState:
     """Weights with their norm chosen, and no step of Adam behind them."""
-    settings = TrainSettings(latents=shape.latents, steps=1000, k=shape.k, warm_up=0.0, learning_rate=1e-4)
+    settings = TrainSettings(
+        latents=shape.latents, steps=1000, k=shape.k, gate=gate, warm_up=0.0, learning_rate=1e-4
+    )
     trainer = Trainer(settings, shape.snapshots, shape.width, torch.ones(shape.snapshots), device=device)
     trainer.step(rows)
     state = trainer.state()
@@ -185,8 +208,8 @@ def _lines(
     shape: Shape, device: torch.device, bars: Mapping[str, float | None], repeats: int, memory: bool
 ) -> Iterator[Line]:
     batches = data(shape, device)
-    start = start_of(shape, batches[0], device)
     for against, bar in bars.items():
+        start = start_of(shape, batches[0], device, _gate(against))
         yield _line(shape, device, batches, start, against, bar, repeats, memory)
 
 
@@ -233,7 +256,7 @@ def _line(
             work["ours"] * shape.batch / seconds["ours"].median / _matrix_peak(device)
         )
     layout = "[m, S d] in one product" if against == "concatenated" else "[S, d, m] by einsum"
-    adam = "default" if against == "einsum" else "fused"
+    adam = "default" if against in ("einsum", "einsum_gated") else "fused"
     return Line(
         name=f"crosscoder.{against}" + (".cuda" if device.type == "cuda" else ""),
         ratio=ratio,
@@ -270,7 +293,7 @@ def print_peak(side: str, **shape: Any) -> None:
     measured, device = Shape(**shape), torch.device("cpu")
     # A short batch first: what is loaded and compiled once is not counted.
     few = data(replace(measured, batch=max(1, measured.batch // 16)), device)
-    one = _SIDES[side](measured, start_of(measured, few[0], device), device)
+    one = _SIDES[side](measured, start_of(measured, few[0], device, _gate(side)), device)
     one.step(few[0])
     batches = data(measured, device)
     before = _resident()

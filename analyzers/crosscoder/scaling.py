@@ -1,87 +1,136 @@
-"""Latent scaling: how strong a feature is at every snapshot, by least squares on the activations."""
+"""Latent scaling: how strongly a feature is present in each snapshot's activations, in closed form.
 
-from typing import Literal
+The decoder's norm at a snapshot may be smaller than the feature is there: a penalty on norms shrinks it, to
+zero at worst ("complete shrinkage", arXiv 2504.02922). Latent scaling asks the data instead. For feature i
+with activations ``f_i`` over the tokens and one direction ``d_i``, the factor that brings ``f_i d_i`` nearest
+to a target ``Y_s`` in least squares over the pool is
 
+    beta_i^s = d_i' (Y_s' f_i) / (||f_i||^2 ||d_i||^2).
+
+``d_i`` is the decoder row at the snapshot where its norm is largest (the first of equals), and ``f_i`` the
+activation that this snapshot's decoder sees: the same for all s, so that beta is comparable between them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from analyzers.crosscoder.kernels import Pairs, kernels_for, sum_by_latent
+from analyzers.crosscoder.pairs import ActivePairs, PairReader
 from analyzers.crosscoder.weights import Crosscoder
 
-Target = Literal["activations", "own-share"]
-"""What a feature is fitted to: all activations, or what no other feature explains."""
+_ELEMENTS = 1 << 23  # of activations at a time
 
 
+@dataclass(frozen=True)
 class LatentScaling:
-    """The factor with which ``beta f_i d_i`` is nearest to the activations ``Y_s`` of a snapshot.
+    """Latent scaling of every feature at every snapshot; NaN for a feature that is never active.
 
-    ``beta_is = d_i' (Y_s' f_i) / (||f_i||^2 ||d_i||^2)`` (latent scaling, arXiv 2504.02922), in closed form
-    from one pass. ``d_i`` is one direction for all snapshots: the decoder row at the snapshot where it is
-    longest. So beta is 1 where the feature does what its decoder says there, and what a penalty did to the
-    rows of other snapshots does not shrink it.
-
-    ``Y_s`` are scaled activations less the decoder's bias (``activations``), or the reconstruction's error
-    plus the feature's own part (``own-share``), which leaves out what correlated features explain.
-
-    With a gate per snapshot ``f_i`` is the encoder's output where the gate is open at any snapshot: a gate
-    that shuts at weak snapshots would hide what is asked for.
+    Attributes:
+        beta: the target is what the other features leave over, ``Y_s = a^s - ahat^s + f_i^s d_i^s``: the
+            residual with the feature's own part put back. 1: present as strongly as the decoder says at the
+            reference snapshot; 0: not present, or another feature has taken its part; below 0: opposed.
+        beta_activation: the target is the activation less the decoder's bias, ``Y_s = a^s - b^s``. Also
+            counts what other features write along ``d_i`` at the tokens where feature i is active:
+            near-copies of it ("latent decoupling") and everything correlated with it.
+        reference: snapshot whose decoder row is ``d_i``.
     """
 
-    def __init__(
+    beta: Float64[np.ndarray, "latents snapshots"]
+    beta_activation: Float64[np.ndarray, "latents snapshots"]
+    reference: Int64[np.ndarray, "latents"]
+
+
+class ScalingSums:
+    """The sums of latent scaling over the pool. Memory is of latents x snapshots and latents x width."""
+
+    def __init__(self, reader: PairReader) -> None:
+        self.reader = reader
+        crosscoder = reader.crosscoder
+        shape, device = (crosscoder.latents, crosscoder.snapshots), crosscoder.decoder.device
+        self._directions = reader.directions()
+        self._left = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._whole = torch.zeros_like(self._left)
+        # sum over tokens of f_i f_i^s; at the reference snapshot it is ||f_i||^2.
+        self._square = torch.zeros_like(self._left)
+
+    def update(
         self,
-        crosscoder: Crosscoder,
-        target: Target = "activations",
-        *,
-        latents: Int[Tensor, "chosen"] | None = None,
+        pairs: ActivePairs,
+        rows: Float[Tensor, "batch inputs"],
+        residual: Float[Tensor, "batch snapshots width"],
     ) -> None:
-        """Of all latents, or of some of them."""
-        self.crosscoder, self.target = crosscoder, target
-        self.latents = torch.arange(crosscoder.latents) if latents is None else latents
-        strengths = crosscoder.strengths()[self.latents]
-        decoder = crosscoder.decoder[self.latents].view(len(self.latents), crosscoder.snapshots, -1)
-        peak = strengths.argmax(dim=1)
-        self._directions = decoder[torch.arange(len(peak)), peak]
-        self._kernels = kernels_for(crosscoder.decoder.device)
-        self._products = torch.zeros(*strengths.shape, dtype=torch.float64)
-        self._squares = torch.zeros(len(peak), dtype=torch.float64)
+        """Take in tokens: their active pairs, scaled activations, and what their reconstruction leaves."""
+        crosscoder = self.reader.crosscoder
+        features = (rows - crosscoder.decoder_bias).view(residual.shape)
+        if not len(pairs.latents):
+            return
+        # Pairs in order of latents: those of one latent are one bag, Y' f of it one weighted sum of rows.
+        order = pairs.latents.argsort(stable=True)
+        latents, counts = torch.unique_consecutive(pairs.latents[order], return_counts=True)
+        starts, tokens, values = counts.cumsum(0) - counts, pairs.tokens[order], pairs.values[order]
+        bags = torch.arange(len(latents), device=latents.device).repeat_interleave(counts)
+        directions = self._directions[latents]
+        for snapshot in range(crosscoder.snapshots):
+            places = tokens * crosscoder.snapshots + snapshot
+            for target, sums in ((residual, self._left), (features, self._whole)):
+                weighted = torch.nn.functional.embedding_bag(
+                    places,
+                    target.view(-1, crosscoder.width),
+                    starts,
+                    mode="sum",
+                    per_sample_weights=values,
+                )
+                sums[latents, snapshot] += (weighted * directions).sum(dim=1, dtype=torch.float64)
+            products = values.double() * pairs.at(snapshot)[order].double()
+            square = torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
+            self._square[latents, snapshot] += square.index_add_(0, bags, products)
 
-    def update(self, rows: Float[Tensor, "batch inputs"]) -> None:
-        """Count scaled activations in."""
-        crosscoder, snapshots = self.crosscoder, self.crosscoder.snapshots
-        rows = rows.float()
-        features = self._features(rows)
-        pairs = Pairs.where(features[:, self.latents] > 0)
-        values = features[:, self.latents][pairs.row, pairs.latent][:, None]
-        target = rows - crosscoder.decoder_bias
-        if self.target == "own-share":
-            target = rows - crosscoder.reconstruct(rows)
-        tiled = self._directions.repeat(1, snapshots)
-        each = self._kernels.feature_gradient(pairs, target, tiled, snapshots) * values
-        if self.target == "own-share":
-            each += values * self._own(pairs, values)
-        self._products += sum_by_latent(pairs, each).double()
-        self._squares += sum_by_latent(pairs, values.square())[:, 0].double()
+    def finish(self) -> LatentScaling:
+        """The factors of all that was taken in."""
+        crosscoder, reference = self.reader.crosscoder, self.reader.reference
+        directions = self._directions.double()
+        own = torch.empty_like(self._left)
+        for snapshot in range(crosscoder.snapshots):
+            decoder = crosscoder.decoder.view(crosscoder.latents, crosscoder.snapshots, -1)[:, snapshot]
+            own[:, snapshot] = (decoder * directions).sum(dim=1)
+        size = self._square.gather(1, reference[:, None]) * directions.square().sum(dim=1, keepdim=True)
+        size = torch.where(size > 0, size, torch.nan)
+        beta = (self._left + self._square * own) / size
+        return LatentScaling(beta.cpu().numpy(), (self._whole / size).cpu().numpy(), reference.cpu().numpy())
 
-    def _features(self, rows: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch latents"]:
-        before = self.crosscoder.before_gate(rows)
-        strengths = self.crosscoder.strengths()
-        factor = strengths.sum(dim=1) if self.crosscoder.gate == "shared" else strengths.max(dim=1).values
-        return before * (before * factor > self.crosscoder.threshold)
 
-    def _own(self, pairs: Pairs, values: Float[Tensor, "pairs one"]) -> Float[Tensor, "pairs snapshots"]:
-        """``<d_i, f_bis d_is>`` of each pair, with the feature as the decoder of each snapshot sees it."""
-        crosscoder = self.crosscoder
-        decoder = crosscoder.decoder[self.latents].view(len(self.latents), crosscoder.snapshots, -1)
-        along = torch.einsum("isd,id->is", decoder, self._directions)[pairs.latent]
-        if crosscoder.gate == "shared":
-            return values * along
-        chosen = self.latents[pairs.latent]
-        open_gate = values * crosscoder.strengths()[chosen] > crosscoder.threshold[chosen, None]
-        return values * along * open_gate
+@torch.no_grad()
+def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ inputs"]]) -> LatentScaling:
+    """Latent scaling over a pool of scaled activations.
 
-    def result(self) -> Float[Tensor, "chosen snapshots"]:
-        """Beta of every latent at every snapshot; nan where a latent was never active or has no decoder."""
-        norms = self._directions.double().square().sum(dim=1)
-        bottom = self._squares * norms
-        return (self._products / torch.where(bottom > 0, bottom, torch.nan)[:, None]).float()
+    :func:`analyzers.crosscoder.evaluation.evaluate` gives the same from its own pass.
+    """
+    reader = PairReader(crosscoder)
+    sums = ScalingSums(reader)
+    for batch in batches:
+        for rows in blocks(crosscoder, batch):
+            pairs = reader.read(rows)
+            sums.update(pairs, rows, residuals(reader, pairs, rows))
+    return sums.finish()
+
+
+def blocks(
+    crosscoder: Crosscoder, batch: Float[Tensor, "batch inputs"]
+) -> Sequence[Float[Tensor, "_ inputs"]]:
+    """The tokens of a batch on the crosscoder's device, so few at a time that copies of them stay small."""
+    return torch.split(batch.to(crosscoder.decoder.device), max(1, _ELEMENTS // batch.shape[1]))
+
+
+def residuals(
+    reader: PairReader, pairs: ActivePairs, rows: Float[Tensor, "batch inputs"]
+) -> Float[Tensor, "batch snapshots width"]:
+    """``a^s - ahat^s`` of tokens whose active pairs are known."""
+    crosscoder = reader.crosscoder
+    left = (rows - crosscoder.decoder_bias).view(len(rows), crosscoder.snapshots, crosscoder.width)
+    for snapshot in range(crosscoder.snapshots):
+        left[:, snapshot] -= reader.decode(pairs, snapshot)
+    return left

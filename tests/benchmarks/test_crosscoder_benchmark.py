@@ -10,6 +10,7 @@ def test_the_sides_train_alike() -> None:
     lines = [line for line in run(shape, repeats=3, memory=False) if line.machine["device"] == "cpu"]
     assert [(line.name, line.bar) for line in lines] == [
         ("crosscoder.einsum", pytest.approx(1 / 6)),
+        ("crosscoder.einsum_gated", pytest.approx(1 / 6)),
         ("crosscoder.einsum_fused", None),
         ("crosscoder.concatenated", pytest.approx(1 / 3)),
     ]

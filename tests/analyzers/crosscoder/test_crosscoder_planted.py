@@ -7,7 +7,7 @@ import torch
 from crosscoder_support import Planted, match, train
 from torch import Tensor
 
-from analyzers.crosscoder.scaling import LatentScaling
+from analyzers.crosscoder.scaling import latent_scaling
 from analyzers.crosscoder.settings import TrainSettings
 from analyzers.crosscoder.training import StepReport
 from analyzers.crosscoder.weights import Crosscoder
@@ -98,11 +98,9 @@ def test_an_l1_shrinks_weak_snapshots_to_nothing_and_beta_shows_them() -> None:
     assert truth[:, 0].min() > 0.35
     # The features are there at the first snapshot at more than a third; the decoder says they are not.
     assert relative(crosscoder.strengths()[latents])[:, 0].max() < 0.01
-    scaling = LatentScaling(crosscoder)
     generator = torch.Generator().manual_seed(100)
-    for _ in range(4):
-        scaling.update(planted.rows(512, generator))
-    beta = scaling.result()[latents]
+    scaling = latent_scaling(crosscoder, [planted.rows(512, generator) for _ in range(4)])
+    beta = torch.from_numpy(scaling.beta)[latents].float()
     torch.testing.assert_close(relative(beta), truth, rtol=0, atol=0.05)
     # Features were shrunk too: their contribution is more than twice what the crosscoder says.
     assert beta.max(dim=1).values.min() > 2
@@ -112,7 +110,6 @@ def test_batch_topk_does_not_shrink_them() -> None:
     crosscoder, planted, latents = shrunk("batch-topk")
     truth = relative(planted.truth.norm(dim=2))[:4]
     torch.testing.assert_close(relative(crosscoder.strengths()[latents]), truth, rtol=0, atol=0.05)
-    scaling = LatentScaling(crosscoder)
-    scaling.update(planted.rows(2048, torch.Generator().manual_seed(100)))
-    beta = scaling.result()[latents]
+    scaling = latent_scaling(crosscoder, [planted.rows(2048, torch.Generator().manual_seed(100))])
+    beta = torch.from_numpy(scaling.beta)[latents].float()
     torch.testing.assert_close(beta, truth, rtol=0, atol=0.1)
