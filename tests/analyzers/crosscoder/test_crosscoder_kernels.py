@@ -1,0 +1,92 @@
+"""Kernels against the plain products: forward and all gradients, with every kind of activity."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from analyzers.crosscoder.compiled import Compiled
+from analyzers.crosscoder.kernels import Bags, Dense, Kernels, Pairs, kernels_for, sum_by_latent
+
+BATCH, LATENTS, WIDTH = 13, 24, 30
+
+
+def masks() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    random = torch.rand(BATCH, LATENTS, generator=generator)
+    ragged = random < torch.linspace(0, 0.9, BATCH)[:, None]
+    dead = random < 0.3
+    dead[:, 5:11] = False
+    dead[:, -1] = False
+    one = torch.zeros(BATCH, LATENTS, dtype=torch.bool)
+    one[4, 7] = True
+    return {
+        "ragged": ragged,
+        "dead latents": dead,
+        "all active": torch.ones_like(ragged),
+        "one pair": one,
+        "none": torch.zeros_like(ragged),
+    }
+
+
+def check(kernels: Kernels, mask: Tensor, groups: int, device: str = "cpu") -> None:
+    """Against autograd of the dense formula, and against the plain products."""
+    generator = torch.Generator().manual_seed(groups)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    pairs = Pairs.where(mask.to(device))
+    values, decoder = draw(pairs.count, groups), draw(LATENTS, WIDTH)
+    gradient, start = draw(BATCH, WIDTH), draw(LATENTS, WIDTH)
+    features = values.new_zeros(BATCH, LATENTS, groups)
+    features[pairs.row, pairs.latent] = values
+    leaf, weights = features.clone().requires_grad_(), decoder.clone().requires_grad_()
+    out = torch.einsum("big,igw->bgw", leaf, weights.view(LATENTS, groups, -1)).flatten(1)
+    by_feature, by_weight = torch.autograd.grad(out, (leaf, weights), gradient)
+    expected = by_feature[pairs.row, pairs.latent]
+    for each in (kernels, Dense()):
+        torch.testing.assert_close(each.decode(pairs, values, decoder), out.detach(), rtol=1e-5, atol=1e-5)
+        found = each.feature_gradient(pairs, gradient, decoder, groups)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for add in (False, True):
+            into = start.clone()
+            each.weight_gradient(pairs, values, gradient, into, add=add)
+            torch.testing.assert_close(into, by_weight + (start if add else 0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sum_by_latent(pairs, values), features.sum(dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("activity", list(masks()))
+@pytest.mark.parametrize("kernels", [Bags(), Compiled()], ids=["bags", "compiled"])
+def test_kernels_are_the_plain_products(kernels: Kernels, activity: str, groups: int) -> None:
+    check(kernels, masks()[activity], groups)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("activity", list(masks()))
+def test_kernels_on_cuda_are_the_plain_products(activity: str, groups: int) -> None:
+    check(kernels_for(torch.device("cuda")), masks()[activity], groups, "cuda")
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = Pairs.where(torch.rand(64, 50, generator=generator) < 0.2)
+    values, decoder = (
+        torch.randn(pairs.count, 1, generator=generator),
+        torch.randn(50, 40, generator=generator),
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = Compiled().decode(pairs, values, decoder)
+        torch.set_num_threads(3)
+        assert torch.equal(Compiled().decode(pairs, values, decoder), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    pairs = Pairs.where(torch.tensor([[True, True]]))
+    out = Compiled().decode(pairs, torch.tensor([[0.0], [1.0]]), torch.tensor([[float("nan")], [1.0]]))
+    assert out.isnan().all()
