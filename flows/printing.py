@@ -85,8 +85,33 @@ def print_curves(summary: Any) -> None:
     _print_growth(summary.growth)
     for sentence in summary.growth_skipped:
         out.print(f"No growth curves: {sentence}.", markup=False)
-    if (summary.rows or summary.growth) and not summary.computed:
+    for line in head_lines(summary.heads):
+        out.print(line, markup=False, soft_wrap=True)
+    for sentence in summary.heads_skipped:
+        out.print(f"No births of heads: {sentence}.", markup=False)
+    if (summary.rows or summary.growth or summary.heads) and not summary.computed:
         out.print("The stored curves are of the same data and settings.")
+
+
+def head_lines(rows: list[Any]) -> list[str]:
+    """Per run, how many heads of each kind were born, and the first of them with its interval."""
+    from analyzers.head_births import HEAD_KINDS
+
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.run is not None:
+            kind = HEAD_KINDS[row.trajectory.partition("[")[0]][0]
+            found.setdefault(row.run, []).append(f"{kind} heads: {_born(row)}")
+    return [f"{run}: {'; '.join(sorted(parts))}." for run, parts in sorted(found.items())]
+
+
+def _born(row: Any) -> str:
+    step = row.parameters.get("birth_step")
+    if step is None:
+        return "not seen"
+    low, _ = row.intervals["birth_step"]
+    before = "there from the first checkpoint on" if low is None else f"after {low:,.0f}"
+    return f"{row.parameters['heads']:.0f}, first at step {step:,.0f} ({before})"
 
 
 def _print_growth(rows: list[Any]) -> None:

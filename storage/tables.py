@@ -150,7 +150,11 @@ _SPECS = (
             ("site", _STR, "place in the network; null for the whole model"),
             ("layer", _I32, "block, counted from 0; null outside the blocks"),
             ("head", _I32, "attention head; null where the row is not about one"),
-            ("form", _STR, "what was fitted; geometric-phases is docs/phases.md"),
+            (
+                "form",
+                _STR,
+                "what was fitted; geometric-phases is docs/phases.md, head-birth is docs/massive.md",
+            ),
             ("class", _STR, "shape of the whole trajectory; null where it could not be judged"),
             ("n", _I64, "checkpoints with a usable value"),
             ("runs", pa.list_(_STR), "runs that entered"),
@@ -161,7 +165,7 @@ _SPECS = (
             (
                 "peak_step",
                 _I64,
-                "step of the peak, where the form has one; null where none is seen",
+                "step of the peak, or of the birth of a head, where the form has one; null: none is seen",
             ),
             ("note", _STR, "what a reader must know of this row; null in the normal case"),
             ("settings", _STR, "JSON: version and settings of the rule, protocols of the values it read"),
