@@ -142,6 +142,26 @@ _SPECS = (
         newest_within=("series", "run", "analyzer"),
     ),
     TableSpec(
+        "sequence_values",
+        "one row per checkpoint, metric and place whose values on single sequences are kept",
+        _schema(
+            _STEP,
+            ("analyzer", _STR, "analyzer that produced the row"),
+            ("metric", _STR, "metric, one of docs/metrics.md"),
+            ("site", _STR, "place in the network; null for the whole model"),
+            ("layer", _I32, "block, counted from 0; null outside the blocks"),
+            ("head", _I32, "attention head; null where the row is not about one"),
+            ("sequences", pa.list_(_I64), "numbers of the sequences within the probe, ascending, from 0"),
+            ("values", pa.list_(_F64), "the metric on each of them; null where it has no finite value"),
+            _KEY,
+            _PROTOCOL,
+            _RECORDED,
+        ),
+        newest_by=("series", "run", "step", "protocol", "metric", "site", "layer", "head"),
+        newest_of="protocol",
+        newest_within=("series", "run", "analyzer"),
+    ),
+    TableSpec(
         "curves",
         "one row per trajectory and form fitted to it, and one per series (run null) for all runs together",
         _schema(

@@ -479,7 +479,7 @@ def test_growth_table_and_data(growth_store: Store) -> None:
     curve = reparametrised(np.array([0.0, 4511.5]), np.array(row["fitted"]))
     assert curve == pytest.approx(growth(np.array([0, 4511.5]), np.array([300, 0.12, 8e-4, 1.5, 20])))
     text = " ".join(" ".join(elements.text).split())
-    assert "m[s.0] r early-peak massive-growth 4,512 (4,512 to 4,512) 1" in text
+    assert "m[s.0] r early-peak massive-growth 4,512 (4,512 to 4,512) residuals 1" in text
     assert "m[s.1] r log-rise logarithm" in text
     assert "m[s.1] all runs log-rise" in text
 
