@@ -24,7 +24,7 @@ class SequenceSample:
     @property
     def sequences(self) -> int:
         """Number of sequences."""
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
     def at(self, kept: Bool[np.ndarray, "checkpoints"]) -> "SequenceSample":
         """Some of its checkpoints."""

@@ -154,6 +154,30 @@ def print_predicted(summary: Any) -> None:
         out.print(f"{summary.left_out} curves are neither early-peak nor log-rise, or lack a parameter.")
 
 
+# Layers that a table of predicted curves has room for.
+_LAYERS = 6
+
+
+def print_predicted_curves(found: Any, metric: str) -> None:
+    """Predicted values at some steps and layers, and how far such curves are off for models left out."""
+    from flows.predict import score_sentence
+
+    last = len(found.curves) - 1
+    layers = sorted(
+        {round(i * last / max(1, min(_LAYERS, last + 1) - 1)) for i in range(min(_LAYERS, last + 1))}
+    )
+    sizes = ", ".join(f"{name} {size}" for name, size in found.architecture.items())
+    table = Table("step", *(f"layer {i}" for i in layers), title=f"predicted {metric}: {sizes}")
+    for at, step in enumerate(found.steps):
+        if step == 0 or step & (step - 1) == 0 or step == found.steps[-1]:
+            values = [found.curves[i] for i in layers]
+            table.add_row(f"{step:,}", *("no curve" if v is None else f"{v[at]:,.4g}" for v in values))
+    out.print(table)
+    out.print(score_sentence(found), markup=False)
+    for remark in found.remarks:
+        out.print(f"Mind: {remark}.", markup=False)
+
+
 def _end(row: Any, phase: str) -> str:
     """Step and interval of the end of a phase, or that there is none."""
     if not row.parameters.get(f"{phase}_seen"):

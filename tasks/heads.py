@@ -108,7 +108,7 @@ def _run(
     found = find_births(table.index.to_numpy(dtype=np.int64), values, threshold, rule.hold)
     given = {"threshold": threshold, "hold": float(rule.hold)}
     result = []
-    places: list[tuple[int, int]] = table.columns.to_list()
+    places: Any = table.columns.to_list()
     for (layer, head), birth in zip(places, found, strict=True):
         result.append({"layer": int(layer), "head": int(head), **_head_row(run, kind, birth, given)})
     born = [birth for birth in found if birth.step is not None]

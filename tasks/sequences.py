@@ -20,7 +20,7 @@ class SequenceValues:
         self._found: dict[_Cell, tuple[list[int], list[float | None]]] = {}
         for row in store.table("sequence_values", series).to_arrow().select(_COLUMNS).to_pylist():
             cell = tuple(row[name] for name in _COLUMNS[:7])
-            self._found[cell] = (row["sequences"], row["values"])  # type: ignore[index]
+            self._found[cell] = (row["sequences"], row["values"])
 
     def of(self, rows: pd.DataFrame) -> SequenceSample | None:
         """The sample behind a trajectory: rows of ``metrics`` at one place of one run, in order of step.

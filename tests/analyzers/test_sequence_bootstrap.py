@@ -90,21 +90,21 @@ def test_a_height_that_sequences_share_moves_no_peak() -> None:
 
 
 def coverage(count: int) -> float:
+    """Share of simulations whose interval holds the true step, at the default number of draws."""
     inside = []
     for seed in range(count):
         sample = planted(np.random.default_rng(seed))
-        found = fit_trajectory(
-            PYTHIA, sample.values.mean(axis=1), GrowthSettings(seed=seed, draws=200), sequences=sample
-        )
+        settings = GrowthSettings(seed=10**6 + seed)
+        found = fit_trajectory(PYTHIA, sample.values.mean(axis=1), settings, sequences=sample)
         low, high = found.form("massive-growth").intervals["peak_step"]  # type: ignore[union-attr]
         inside.append(low <= PLACE <= high)
     return float(np.mean(inside))
 
 
 def test_intervals_hold_the_planted_peak() -> None:
-    assert coverage(20) >= 0.8  # at 0.93, 20 simulations fall below it in 1 % of seeds
+    assert coverage(20) >= 0.75  # at 0.927, 20 simulations fall below it in 1 % of seeds
 
 
 @pytest.mark.long
-def test_intervals_hold_the_planted_peak_in_200_simulations() -> None:
-    assert coverage(200) >= 0.9
+def test_intervals_hold_the_planted_peak_in_400_simulations() -> None:
+    assert coverage(400) >= 0.9
