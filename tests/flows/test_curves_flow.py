@@ -84,3 +84,17 @@ def test_births_of_heads_are_printed(cli: Cli, tmp_path: Path) -> None:
     assert line in done.stdout
     # A summary row per kind for the run and for all runs, and one row for each of the two heads.
     assert len(open_root(tmp_path).table("curves").to_pandas()) == 2 * (2 + 2)
+
+
+def test_values_of_sequences_are_stored_beside_their_mean(
+    tiny_series: Path, cli: Cli, tmp_path: Path
+) -> None:
+    done = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), "--analyzer", "massive", *TINY)
+    assert done.returncode == 0, done.stderr
+    store = open_root(tmp_path)
+    places = ["run", "step", "key", "metric", "site", "layer"]
+    metrics = store.table("metrics").to_pandas().set_index(places)["value"]
+    kept = store.table("sequence_values").to_pandas().set_index(places)["values"]
+    assert set(kept.index.get_level_values("metric")) == {"top1", "median", "top1_over_median"}
+    for place, values in kept.items():
+        assert values.mean() == pytest.approx(metrics[place], rel=1e-12)
