@@ -28,14 +28,18 @@ ROW_MEANS = ("entropy", "normalised", "collapsed", "log_sum_exp", "previous")
 
 
 class RowsState:
-    """Sums over rows ``i >= 1`` of every head, and the largest logit of all rows."""
+    """Sums over rows ``i >= 1`` of every head, and the largest logit of all rows.
+
+    They stay on the device of the blocks until they are read: a copy to the host waits for all that the
+    device has yet to do, and blocks are many.
+    """
 
     knows_padding = True
 
     def __init__(self, collapse: float) -> None:
         self.collapse = collapse
         self.rows = 0
-        self.repeats = 0
+        self._repeats: Tensor | None = None
         self._sums: Tensor | None = None
         self._duplicate: Tensor | None = None
         self._maximum: Tensor | None = None
@@ -47,7 +51,7 @@ class RowsState:
         queries = slice(block.query, block.query + block.maximum.shape[2])
         kept = mask[:, queries]
         later = kept & (ranks(mask)[:, queries] >= 1)
-        self.rows += int(later.sum())
+        self.rows += int(later.sum())  # the mask is on the host
         counted = later.to(device)[:, None]
 
         normalised = block.entropy / block.visible.to(block.entropy.dtype).log()[:, None]
@@ -61,36 +65,42 @@ class RowsState:
         sums = torch.stack([_kept(each, counted).sum((0, 2), dtype=torch.float64) for each in rows])
         largest = torch.where(kept.to(device)[:, None], block.maximum, -torch.inf).amax((0, 2)).double()
         repeats, duplicate = _duplicates(block, batch.tokens.to(device), kept.to(device))
-        self._add(sums.cpu(), duplicate.cpu(), largest.cpu())
-        self.repeats += repeats
+        self._add(sums, duplicate, largest, repeats)
 
-    def _add(self, sums: Tensor, duplicate: Tensor, maximum: Tensor) -> None:
+    def _add(self, sums: Tensor, duplicate: Tensor, maximum: Tensor, repeats: Tensor) -> None:
         self._sums = sums if self._sums is None else self._sums + sums
         self._duplicate = duplicate if self._duplicate is None else self._duplicate + duplicate
         self._maximum = maximum if self._maximum is None else torch.maximum(self._maximum, maximum)
+        self._repeats = repeats if self._repeats is None else self._repeats + repeats
+
+    @property
+    def repeats(self) -> int:
+        """Rows that have an earlier place of their token in sight."""
+        return 0 if self._repeats is None else int(self._repeats)
 
     def merge(self, other: "RowsState") -> None:
         """Take in the sums of other sequences."""
-        if other._sums is not None and other._duplicate is not None and other._maximum is not None:
-            self._add(other._sums, other._duplicate, other._maximum)
+        theirs = (other._sums, other._duplicate, other._maximum, other._repeats)
+        if theirs[0] is not None:
+            device = theirs[0].device if self._sums is None else self._sums.device
+            self._add(*(each.to(device) for each in theirs if each is not None))
         self.rows += other.rows
-        self.repeats += other.repeats
 
     def means(self) -> dict[str, Float64[Tensor, "heads"]]:
         """Means over rows, by the names of ``ROW_MEANS``; NaN without rows; empty if no block came."""
         if self._sums is None:
             return {}
-        return dict(zip(ROW_MEANS, self._sums / self.rows, strict=True))
+        return dict(zip(ROW_MEANS, self._sums.cpu() / self.rows, strict=True))
 
     @property
     def duplicate(self) -> Float64[Tensor, "heads"]:
         """Mean attention to earlier places of the query's token, over queries that have such a place."""
-        return torch.zeros(0) if self._duplicate is None else self._duplicate / self.repeats
+        return torch.zeros(0) if self._duplicate is None else self._duplicate.cpu() / self.repeats
 
     @property
     def maximum(self) -> Float64[Tensor, "heads"]:
         """The largest logit."""
-        return torch.zeros(0, dtype=torch.float64) if self._maximum is None else self._maximum
+        return torch.zeros(0, dtype=torch.float64) if self._maximum is None else self._maximum.cpu()
 
 
 def band(block: QueryBlock, distance: int) -> Float[Tensor, "batch heads queries"]:
@@ -102,7 +112,7 @@ def band(block: QueryBlock, distance: int) -> Float[Tensor, "batch heads queries
 
 def _duplicates(
     block: QueryBlock, tokens: Int64[Tensor, "batch time"], kept: Bool[Tensor, "batch queries"]
-) -> tuple[int, Float64[Tensor, "heads"]]:
+) -> tuple[Int64[Tensor, ""], Float64[Tensor, "heads"]]:
     """Queries with an earlier place of their token in sight, and the attention to such places, summed."""
     batch, heads, queries, keys = block.probabilities.shape
     mine = tokens[:, block.query : block.query + queries]
@@ -113,7 +123,7 @@ def _duplicates(
     # One product per sequence: all heads at once read their rows a single time.
     weights = equal.to(block.probabilities.dtype).view(batch, queries * keys, 1)
     sums = block.probabilities.view(batch, heads, queries * keys) @ weights
-    return int(equal.any(-1).sum()), sums.squeeze(-1).double().sum(0)
+    return equal.any(-1).sum(), sums.squeeze(-1).double().sum(0)
 
 
 @dataclass(frozen=True)

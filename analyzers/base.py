@@ -59,12 +59,25 @@ class Spectrum:
     eigenvalues: Float64[np.ndarray, "rank"]
 
 
+@dataclass(frozen=True)
+class SequenceValues:
+    """A metric on single sequences, by their numbers within the probe; NaN where one has no value."""
+
+    metric: str
+    site: str | None
+    layer: int | None
+    sequences: Int64[np.ndarray, "sequences"]
+    values: Float64[np.ndarray, "sequences"]
+    head: int | None = None
+
+
 @dataclass
 class Result:
     """All that an analyzer says about one checkpoint."""
 
     rows: list[Row] = field(default_factory=list)
     spectra: list[Spectrum] = field(default_factory=list)
+    sequence_values: list[SequenceValues] = field(default_factory=list)
 
 
 class Parameters(BaseModel):

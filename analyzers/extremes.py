@@ -81,18 +81,20 @@ class ExtremesState:
         self.channels: Int64[Tensor, "3 width"] = torch.zeros(TOP, 0, dtype=torch.int64)
         self.positions: Int64[Tensor, "3 time"] = torch.zeros(TOP, 0, dtype=torch.int64)
         self.energy: Float64[Tensor, width] = torch.zeros(0, dtype=torch.float64)
+        self._index: list[Tensor] = []
+        self._each: list[Tensor] = []
 
     def update(self, values: Float[Tensor, "batch time width"], batch: Batch) -> None:
         """Take a batch in."""
         mask = real(batch)
         if bool(mask.all()):
-            self._take(values)
+            self._take(values, batch.index)
             return
-        for sequence, kept in zip(values, mask.to(values.device), strict=True):
+        for sequence, kept, index in zip(values, mask, batch.index, strict=True):
             if bool(kept.any()):
-                self._take(sequence[kept][None])
+                self._take(sequence[kept.to(values.device)][None], index[None])
 
-    def _take(self, values: Float[Tensor, "batch time width"]) -> None:
+    def _take(self, values: Float[Tensor, "batch time width"], index: Int64[Tensor, "batch"]) -> None:
         sequences, time, width = values.shape
         magnitude = values.abs()
         # The three largest lie in the three tokens of the largest maxima.
@@ -107,11 +109,22 @@ class ExtremesState:
         median = torch.where(largest[:, 0].isnan(), torch.nan, median.double())
         count = self._massive(magnitude, largest[:, 0], median)
         ratio = largest[:, 0] / median
-        self.sums += torch.cat([largest, torch.stack([median, ratio, count], dim=1)], dim=1).sum(0)
+        each = torch.cat([largest, torch.stack([median, ratio, count], dim=1)], dim=1)
+        self.sums += each.sum(0)
+        self._index.append(index.cpu())
+        self._each.append(each)
         self.n += sequences
         self.tokens += sequences * time
         self.energy = _padded(self.energy, width) + values.square().sum(1).double().sum(0).cpu()
         self._count(top.indices, tokens, largest, time, width)
+
+    def sequences(self) -> tuple[Int64[Tensor, "sequences"], Float64[Tensor, "sequences 6"]]:
+        """Numbers of the sequences within the probe, ascending, and what ``sums`` adds up of each."""
+        if not self._index:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, len(self.sums), dtype=torch.float64)
+        index = torch.cat(self._index)
+        order = index.argsort(stable=True)
+        return index[order], torch.cat(self._each)[order]
 
     def _massive(self, magnitude: Tensor, largest: Tensor, median: Tensor) -> Float64[Tensor, "batch"]:
         count = torch.where(largest.isnan(), torch.nan, torch.zeros_like(largest))
@@ -136,6 +149,8 @@ class ExtremesState:
         self.n += other.n
         self.tokens += other.tokens
         self.sums = self.sums + other.sums
+        self._index += other._index
+        self._each += other._each
         for name in ("channels", "positions", "energy"):
             mine, theirs = getattr(self, name), getattr(other, name)
             size = max(mine.shape[-1], theirs.shape[-1])

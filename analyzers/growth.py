@@ -7,17 +7,19 @@ docs/growth.md says why, and what the parameters cannot tell.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import optimize, special
 
+from analyzers.sequence_bootstrap import SequenceSample, resample
+
 Steps = Float[np.ndarray, "n"]
 Five = Float[np.ndarray, "5"]
 
-GROWTH_VERSION = 1
+GROWTH_VERSION = 2
 GROWTH_FORM = "massive-growth"
 PUBLISHED = ("A", "lambda", "gamma", "t0", "K")
 FITTED = ("beta", "tau0", "A1", "A2", "K")
@@ -39,7 +41,14 @@ class GrowthSettings(BaseModel):
     evaluations: Annotated[
         int, Field(ge=1, description="evaluations after which TRF counts as not converged")
     ] = 300
-    draws: Annotated[int, Field(ge=100, description="draws of the bootstrap of the residuals")] = 400
+    draws: Annotated[int, Field(ge=100, description="draws of the bootstrap")] = 400
+    intervals: Annotated[
+        Literal["sequences", "residuals"],
+        Field(
+            description="what the bootstrap draws: sequences where the store has their values (else "
+            "residuals), or always residuals"
+        ),
+    ] = "sequences"
     level: Annotated[float, Field(gt=0, lt=1, description="level of the intervals")] = 0.95
     margin: Annotated[
         float, Field(ge=0, description="lead in AICc by which a form counts as the better one")
@@ -184,7 +193,9 @@ class CurveFit:
     notes: tuple[str, ...] = ()
 
 
-def fit_growth(steps: Steps, values: Steps, settings: GrowthSettings) -> CurveFit:
+def fit_growth(
+    steps: Steps, values: Steps, settings: GrowthSettings, sequences: SequenceSample | None = None
+) -> CurveFit:
     """Least squares by scipy's TRF with the analytic Jacobian, from several starts, and its bootstrap.
 
     The rate and the offset are fitted as logarithms, so that lambda > 0 holds by itself. Starts: the
@@ -195,6 +206,12 @@ def fit_growth(steps: Steps, values: Steps, settings: GrowthSettings) -> CurveFi
     Args:
         steps: strictly increasing, not negative, the last positive; at least 6 of them.
         values: finite, not all equal.
+        settings: how to fit.
+        sequences: the metric on single sequences at these steps: the bootstrap draws these. Without, it
+            draws residuals.
+
+    Raises:
+        ValueError: sequences are too few, or have a value that is not finite.
     """
     scale = Scale.of(steps, values)
     s, z = steps / scale.span, (values - scale.low) / scale.height
@@ -223,7 +240,11 @@ def fit_growth(steps: Steps, values: Steps, settings: GrowthSettings) -> CurveFi
     if best is None:
         note = f"no start converged in {evaluated} evaluations"
         return CurveFit(None, None, np.empty((0, 5)), (note,))
-    draws = _bootstrap(s, z, best.x, low, high, settings)
+    if sequences is None:
+        targets = _residual_draws(s, z, best.x, settings)
+    else:
+        targets = (resample(sequences, settings.draws, settings.seed) - scale.low) / scale.height
+    draws = refit(s, targets, np.tile(best.x, (len(targets), 1)), low, high, *_ROUGH)
     curve = scale.height * _curve(s, best.x) + scale.low
     return CurveFit(scale.back(_opened(best.x)), curve, scale.back(_opened(draws)), _edges(best.x, s))
 
@@ -321,10 +342,8 @@ def block_length(residual: Steps) -> int:
     return max(2, round(n ** (1 / 3))) if alike else 1
 
 
-def _bootstrap(
-    s: Steps, z: Steps, best: Five, low: Five, high: Five, settings: GrowthSettings
-) -> Float[np.ndarray, "draws 5"]:
-    """Fits to the curve plus residuals drawn in blocks, each from the best fit as its start.
+def _residual_draws(s: Steps, z: Steps, best: Five, settings: GrowthSettings) -> Float[np.ndarray, "draws n"]:
+    """The curve plus residuals drawn in blocks.
 
     Residuals are divided by ``1 - leverage``, since the curve follows its own data (HC3), and by
     :func:`local_sd`, since noise may grow along the run; drawn in blocks of neighbours (circular blocks,
@@ -340,8 +359,7 @@ def _bootstrap(
     length = block_length(standard)
     first = np.random.default_rng(settings.seed).integers(n, size=(settings.draws, -(-n // length)))
     places = (first[:, :, None] + np.arange(length)).reshape(settings.draws, -1)[:, :n] % n
-    targets = curve + local * standard[places]
-    return refit(s, targets, np.tile(best, (len(targets), 1)), low, high, *_ROUGH)
+    return np.asarray(curve + local * standard[places])
 
 
 def refit(

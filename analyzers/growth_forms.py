@@ -23,6 +23,7 @@ from analyzers.growth import (
     to_published,
 )
 from analyzers.phases import middle
+from analyzers.sequence_bootstrap import FEWEST_SEQUENCES, SequenceSample
 
 FORMS = ("constant", "step", "logarithm", "logistic", GROWTH_FORM)
 # Parameters of each form with the variance of the noise.
@@ -68,6 +69,7 @@ class Trajectory:
         peak: step of the peak of the growth curve and its interval; only where the class is ``early-peak``.
         peaks: the peak in each draw of the bootstrap.
         votes: all runs: how many are of which class.
+        method: what the bootstrap drew: ``sequences``, ``residuals``, ``mixed`` (all runs); None: nothing.
         notes: sentences for the reader.
     """
 
@@ -79,6 +81,7 @@ class Trajectory:
     peak: tuple[float, float, float] | None = None
     peaks: Float[np.ndarray, "draws"] = field(default_factory=lambda: np.empty(0), repr=False)
     votes: dict[str, int] = field(default_factory=dict)
+    method: str | None = None
     notes: tuple[str, ...] = ()
 
     def form(self, name: str) -> Form | None:
@@ -106,6 +109,7 @@ def fit_trajectory(
     values: Float[np.ndarray, "n"],
     settings: GrowthSettings | None = None,
     run: str | None = None,
+    sequences: SequenceSample | None = None,
 ) -> Trajectory:
     """Fit all forms to one trajectory, compare them, and name its class.
 
@@ -116,6 +120,8 @@ def fit_trajectory(
         values: the metric, in its own unit.
         settings: how to fit.
         run: name of the run.
+        sequences: the metric on single sequences at these steps, whose metric ``values`` are. The intervals
+            are then those of a bootstrap over sequences, unless ``settings`` ask for residuals.
 
     Raises:
         ValueError: steps do not increase or are negative, or shapes differ.
@@ -123,6 +129,8 @@ def fit_trajectory(
     settings = settings or GrowthSettings()
     if len(steps) != len(values):
         raise ValueError(f"{len(steps)} steps for {len(values)} values")
+    if sequences is not None and len(sequences.values) != len(values):
+        raise ValueError(f"{len(sequences.values)} checkpoints of sequences for {len(values)} values")
     if (np.diff(steps) <= 0).any() or (steps < 0).any():
         raise ValueError("steps do not increase from 0 or later")
     usable = np.isfinite(values)
@@ -136,10 +144,15 @@ def fit_trajectory(
         return Trajectory(run, n, notes=tuple(notes))
     if np.ptp(y) <= 1e-12 * np.abs(y).max():
         return Trajectory(run, n, "none", "constant", (_constant(y),), notes=(*notes, "all values are equal"))
-    curve = fit_growth(t, y, settings)
+    drawn = sequences.at(usable) if sequences is not None and settings.intervals == "sequences" else None
+    if drawn is not None and (reason := _not_drawn(drawn)):
+        notes.append(f"intervals are of residuals: {reason}")
+        drawn = None
+    curve = fit_growth(t, y, settings, drawn)
     forms = (_constant(y), _step(t, y), _logarithm(t, y), _logistic(t, y), _growth(y, curve, settings.level))
     preferred = prefer(forms, settings.margin)
-    result = Trajectory(run, n, None, preferred, forms, notes=tuple(notes))
+    method = "residuals" if drawn is None else "sequences"
+    result = Trajectory(run, n, None, preferred, forms, method=method, notes=tuple(notes))
     if curve.fitted is None or curve.values is None:
         return replace(result, shape="log-rise" if _rises(forms, preferred) else "none")
     peaks = peak(curve.draws)
@@ -151,6 +164,16 @@ def fit_trajectory(
     rising = curve.values[-1] > curve.values[0] and high >= t[-1] and curve.fitted[2] > 0
     grows = rising if preferred == GROWTH_FORM else _rises(forms, preferred)
     return replace(result, shape="log-rise" if grows else "none", peaks=peaks)
+
+
+def _not_drawn(sample: SequenceSample) -> str | None:
+    """Why there can be no bootstrap over these sequences."""
+    if sample.sequences < FEWEST_SEQUENCES:
+        return f"{sample.sequences} sequences are too few"
+    parts = (sample.values, sample.over)
+    if not all(np.isfinite(part).all() for part in parts if part is not None):
+        return "a sequence has no finite value at a checkpoint"
+    return None
 
 
 def prefer(forms: Sequence[Form], margin: float) -> str:
@@ -334,7 +357,9 @@ def pool(runs: Sequence[Trajectory], settings: GrowthSettings | None = None) -> 
     shape, most = votes.most_common(1)[0]
     shape = shape if 2 * most > len(judged) else "mixed"
     found = [run for run in judged if run.shape == "early-peak" and run.peak is not None]
-    result = Trajectory(None, n, shape, votes=dict(votes), notes=tuple(notes))
+    methods = {run.method for run in judged if run.method is not None}
+    method = "mixed" if len(methods) > 1 else next(iter(methods), None)
+    result = Trajectory(None, n, shape, votes=dict(votes), method=method, notes=tuple(notes))
     if shape != "early-peak":
         return result
     place = middle([round(run.peak[0]) for run in found if run.peak is not None])

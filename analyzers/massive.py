@@ -10,7 +10,16 @@ from pydantic import Field
 from torch import Tensor
 
 from analyzers.adapters import Model
-from analyzers.base import ActivationAnalyzer, Metric, ModelShape, Parameters, Result, Row, attempted
+from analyzers.base import (
+    ActivationAnalyzer,
+    Metric,
+    ModelShape,
+    Parameters,
+    Result,
+    Row,
+    SequenceValues,
+    attempted,
+)
 from analyzers.extremes import TOP, ExtremesSpec, ExtremesState
 from analyzers.reductions import Spec, State
 from analyzers.registry import register
@@ -19,6 +28,7 @@ _SUN = "Sun et al. 2024, arXiv 2402.17762"
 _PERI = "variance growth of Peri-LN, arXiv 2502.02732"
 _ORDINAL = ("largest", "second largest", "third largest")
 _SEQUENCE_MEANS = ("top1", "top2", "top3", "median", "top1_over_median", "massive_count")
+_KEPT_OF_SEQUENCES = ("top1", "median", "top1_over_median")
 _BLOCK_SITES = ("resid_post", "attn_out", "mlp_out")
 
 
@@ -30,6 +40,13 @@ class MassiveParameters(Parameters):
         float, Field(description="and at least this many times its sequence's lower median", gt=0)
     ] = 1000.0
     channels: Annotated[int, Field(description="number of channels of `top_channels_energy_share`", ge=1)] = 3
+    sequence_values: Annotated[
+        bool,
+        Field(
+            description="keep top1, median and top1_over_median of every sequence after each block, in the "
+            "table `sequence_values`: what a bootstrap over sequences needs"
+        ),
+    ] = True
 
 
 def _places() -> Iterator[Metric]:
@@ -172,6 +189,8 @@ class MassiveAnalyzer(ActivationAnalyzer):
             found = [_extremes(states[spec]) for spec in specs]
             for spec, state in zip(specs, found, strict=True):
                 result.rows += self._place(spec, state)
+                if site == "resid_post" and self.parameters.sequence_values:
+                    result.sequence_values += _sequences(spec, state)
             result.rows.append(_growth(site, found))
         last = _extremes(states[self._spec("resid_post", shape.layers - 1)])
         result.rows.append(_over_embedding(last, _extremes(states[embedding])))
@@ -209,6 +228,13 @@ class MassiveAnalyzer(ActivationAnalyzer):
 def _extremes(state: State) -> ExtremesState:
     assert isinstance(state, ExtremesState)
     return state
+
+
+def _sequences(spec: ExtremesSpec, state: ExtremesState) -> Iterator[SequenceValues]:
+    index, values = state.sequences()
+    for metric in _KEPT_OF_SEQUENCES:
+        column = values[:, _SEQUENCE_MEANS.index(metric)]
+        yield SequenceValues(metric, spec.site, spec.layer, index.numpy(), column.numpy())
 
 
 def _rms(state: ExtremesState) -> float:

@@ -16,7 +16,7 @@ from sklearn.linear_model import Lasso, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PowerTransformer, StandardScaler
 
-from analyzers.growth import PUBLISHED
+from analyzers.growth import PUBLISHED, growth
 
 FEATURES = (
     "l/L",
@@ -110,6 +110,16 @@ class _Scaled:
             return np.asarray(np.log1p(values))
         return values if self._power is None else np.asarray(self._power.transform(values[:, None])[:, 0])
 
+    def back(self, scaled: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+        """From units of the training models to the parameter's own; NaN or infinite out of the range."""
+        moved = scaled * self._sd + self._mean
+        with np.errstate(over="ignore"):
+            if self._log:
+                return np.asarray(np.expm1(moved))
+            if self._power is None:
+                return np.asarray(moved)
+            return np.asarray(self._power.inverse_transform(moved[:, None])[:, 0])
+
     def __call__(self, values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
         return np.asarray((self._moved(values) - self._mean) / self._sd)
 
@@ -148,6 +158,105 @@ def leave_one_model_out(samples: Sequence[Sample], seed: int = 0) -> list[Score]
             error = float(np.square(truth - predicted).sum())
             scores.append(Score(name, regressor, _share(error, spread), _share(error, baseline)))
     return scores
+
+
+def predict(
+    samples: Sequence[Sample], architecture: Architecture, regressor: str = "Ridge", seed: int = 0
+) -> Float[np.ndarray, "layers 5"]:
+    """Parameters of the curve of every layer of a model, in the order of ``PUBLISHED``, from all samples.
+
+    Raises:
+        ValueError: there are fewer than ``FEWEST_MODELS`` models, or there is no such regressor.
+    """
+    models = {sample.architecture for sample in samples}
+    if len(models) < FEWEST_MODELS:
+        raise ValueError(f"{len(models)} models, and {FEWEST_MODELS} are the fewest to predict from")
+    if regressor not in REGRESSORS:
+        raise ValueError(f"there is no regressor {regressor!r}: give one of {', '.join(REGRESSORS)}")
+    layers = [Sample(architecture, layer, ()) for layer in range(architecture.layers)]
+    return _predicted(samples, layers, regressor, seed)
+
+
+def _predicted(
+    training: Sequence[Sample], wanted: Sequence[Sample], regressor: str, seed: int
+) -> Float[np.ndarray, "n 5"]:
+    x, y = features(training), np.array([s.parameters for s in training], dtype=np.float64)
+    found = np.empty((len(wanted), len(PUBLISHED)))
+    for column, name in enumerate(PUBLISHED):
+        scaled = _Scaled(name, y[:, column])
+        fitted = REGRESSORS[regressor](seed).fit(x, scaled(y[:, column]))
+        found[:, column] = scaled.back(fitted.predict(features(wanted)))
+    return found
+
+
+def curve(
+    steps: Float[np.ndarray, "steps"], parameters: Sequence[float] | Float[np.ndarray, "5"]
+) -> Float[np.ndarray, "steps"] | None:
+    """The growth curve of predicted parameters; None where they are no curve.
+
+    Its logarithm needs ``gamma t + t0 > 0`` at every step, and a curve that decays needs lambda >= 0.
+    """
+    numbers = np.asarray(parameters, dtype=np.float64)
+    if not np.isfinite(numbers).all() or numbers[1] < 0 or (numbers[2] * steps + numbers[3] <= 0).any():
+        return None
+    values = growth(steps, numbers)
+    return values if np.isfinite(values).all() else None
+
+
+@dataclass(frozen=True)
+class CurveScore:
+    """How near one regressor's curves come to the fitted curves of models it has not seen.
+
+    ``error``: median over the layers left out of ``|predicted - fitted| / |fitted|``, norms over the steps.
+    ``baseline``: the same for the mean of the training curves. ``broken``: predictions that are no curve;
+    they count as infinitely wrong. ``n``: layers.
+    """
+
+    regressor: str
+    error: float
+    baseline: float
+    broken: int
+    n: int
+
+
+def score_curves(
+    samples: Sequence[Sample], steps: Float[np.ndarray, "steps"], seed: int = 0
+) -> list[CurveScore]:
+    """Scores of every regressor on whole curves, each model predicted from all others.
+
+    Raises:
+        ValueError: there are fewer than ``FEWEST_MODELS`` models.
+    """
+    groups = {sample.architecture for sample in samples}
+    if len(groups) < FEWEST_MODELS:
+        raise ValueError(f"{len(groups)} models, and {FEWEST_MODELS} are the fewest that can be left out")
+    errors: dict[str, list[float]] = {name: [] for name in REGRESSORS}
+    baseline: list[float] = []
+    for group in sorted(groups, key=lambda a: (a.layers, a.width, a.heads, a.d_ff)):
+        training = [s for s in samples if s.architecture != group]
+        out = [s for s in samples if s.architecture == group]
+        truth = [growth(steps, np.array(s.parameters)) for s in out]
+        mean = np.mean([growth(steps, np.array(s.parameters)) for s in training], axis=0)
+        baseline += [_relative(mean, fitted) for fitted in truth]
+        for name in REGRESSORS:
+            found = _predicted(training, out, name, seed)
+            errors[name] += [_relative(curve(steps, p), t) for p, t in zip(found, truth, strict=True)]
+    return [
+        CurveScore(
+            name,
+            float(np.median(each)),
+            float(np.median(baseline)),
+            int(np.isinf(each).sum()),
+            len(each),
+        )
+        for name, each in errors.items()
+    ]
+
+
+def _relative(found: Float[np.ndarray, "steps"] | None, truth: Float[np.ndarray, "steps"]) -> float:
+    if found is None:
+        return float("inf")
+    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
 
 
 def _share(error: float, whole: float) -> float:

@@ -112,7 +112,7 @@ class BandsState:
             self.rows[index] += int(chosen.sum())
             found = band(block, each.distance)
             where = chosen.to(found.device)[:, None]
-            sums.append(torch.where(where, found, 0).sum((0, 2), dtype=torch.float64).cpu())
+            sums.append(torch.where(where, found, 0).sum((0, 2), dtype=torch.float64))
         self._add(torch.stack(sums))
 
     def _add(self, sums: Tensor) -> None:
@@ -121,9 +121,9 @@ class BandsState:
     def merge(self, other: "BandsState") -> None:
         """Take in the sums of other sequences."""
         if other._sums is not None:
-            self._add(other._sums)
+            self._add(other._sums if self._sums is None else other._sums.to(self._sums.device))
         self.rows = [mine + theirs for mine, theirs in zip(self.rows, other.rows, strict=True)]
 
     def mean(self, index: int) -> Float64[Tensor, "heads"]:
         """Mean of a band over its rows; NaN without rows."""
-        return torch.zeros(0) if self._sums is None else self._sums[index] / self.rows[index]
+        return torch.zeros(0) if self._sums is None else self._sums[index].cpu() / self.rows[index]

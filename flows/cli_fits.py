@@ -1,5 +1,6 @@
 """Commands over what is stored: curves, states, outcomes, and trajectories from elsewhere."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,15 +43,40 @@ def predict(
     ] = "top1_over_median",
     site: Annotated[str, typer.Option(help="place of those curves; every layer counts")] = "resid_post",
     seed: Annotated[int, typer.Option(help="seed of the regressors", min=0)] = 0,
+    architecture: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            help="predict this model: layers=12,width=768,heads=12,d_ff=3072, or a config.json",
+        ),
+    ] = None,
+    regressor: Annotated[str, typer.Option(help="regressor of that prediction")] = "Ridge",
+    out_files: Annotated[
+        list[Path] | None,
+        typer.Option("--out", metavar="FILE", help="write that prediction as .csv or as a plot in .html"),
+    ] = None,
 ) -> None:
     """Score how well a model's sizes foretell its growth curves, each model left out in turn.
 
-    Nothing is stored. What the scores mean is in docs/growth.md.
+    With --architecture, also predict the curves of a model of those sizes. Nothing is stored. What the scores
+    mean is in docs/growth.md.
     """
-    from flows.predict import predict_growth
+    from flows.predict import predict_growth, predict_model, write_predicted
 
+    if out_files and architecture is None:
+        raise UsageError("--out writes the prediction of a model: give its --architecture")
+    for file in out_files or []:
+        if file.suffix not in (".csv", ".html"):
+            raise UsageError(f"{str(file)!r} ends in neither .csv nor .html")
     quiet()
     printing.print_predicted(predict_growth(series, root, metric, site, seed))
+    if architecture is None:
+        return
+    found = predict_model(series, architecture, root, metric, site, regressor, seed)
+    printing.print_predicted_curves(found, metric)
+    for file in out_files or []:
+        write_predicted(found, metric, file)
+        out.print(f"written: {file}", markup=False, soft_wrap=True)
 
 
 @app.command()

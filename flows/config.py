@@ -10,6 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from analyzers.growth import GrowthSettings
+from analyzers.head_births import HeadSettings
 from analyzers.latent import Grid, StateSettings, Transform
 from analyzers.phases import PhaseSettings
 from analyzers.registry import UnknownAnalyzerError, find
@@ -189,6 +190,7 @@ class CurvesConfig(_Section):
 
     phases: PhasesConfig = PhasesConfig()
     growth: GrowthConfig = GrowthConfig()
+    heads: HeadSettings = HeadSettings()
 
 
 class SeriesConfig(_Section):

@@ -1,4 +1,4 @@
-"""Flow: find phases and fit growth curves in the stored trajectories of a series."""
+"""Flow: find phases, growth curves and births of heads in the stored trajectories of a series."""
 
 from typing import Any, Literal
 
@@ -6,12 +6,14 @@ from prefect import flow
 from pydantic import BaseModel
 
 from analyzers.growth import GROWTH_FORM
+from analyzers.head_births import HEADS_FORM
 from flows.config import DEFAULT_GROWTH, DEFAULT_PHASES, SeriesConfig, StoredConfig, default_root
 from flows.progress import console
 from storage.errors import UsageError
 from storage.store import Store, column_name
 from tasks.curves import PHASES_FORM, CurvesJob, fit_series_curves
 from tasks.growth import GrowthJob, fit_series_growth
+from tasks.heads import HeadsJob, find_series_head_births
 from tasks.importing import all_imported_instead
 from tasks.provenance import invocation
 
@@ -28,19 +30,31 @@ class CurveRow(BaseModel):
 
 
 class CurvesSummary(BaseModel):
-    """What the table ``curves`` holds now: ``rows`` are phases, ``growth`` growth curves."""
+    """What the table ``curves`` holds now: ``rows`` are phases, ``growth`` growth curves.
+
+    ``heads`` are counts and first births of heads, per run and over all runs; no single heads.
+    """
 
     computed: bool
     rows: list[CurveRow]
     growth: list[CurveRow]
+    heads: list[CurveRow]
     skipped: list[str]
     growth_skipped: list[str]
+    heads_skipped: list[str]
     remark: str | None = None
 
 
 def stored_rows(store: Store, series: str, form: str) -> list[CurveRow]:
-    """The newest rows of a form: place by place, the runs in order of name, then all runs."""
-    found = [row for row in store.table("curves", series).to_pylist() if row["form"] == form]
+    """The newest rows of a form: place by place, the runs in order of name, then all runs.
+
+    Of births of heads those of all heads of a kind together.
+    """
+    found = [
+        row
+        for row in store.table("curves", series).to_pylist()
+        if row["form"] == form and (form != HEADS_FORM or row["head"] is None)
+    ]
     found.sort(key=lambda r: (r["run"] is None, r["run"] or ""))
     found.sort(
         key=lambda r: (r["metric"], r["layer"] is None, r["site"] or "", r["layer"] or 0, r["head"] or 0)
@@ -64,7 +78,7 @@ def curves_of(
     root: str = default_root(),
     absent: Literal["refuse", "skip"] = "refuse",
 ) -> CurvesSummary:
-    """Find phases and fit growth curves unless the newest stored ones are of the same data and settings.
+    """Find phases, growth curves and births of heads, unless those stored are of the same data and settings.
 
     ``absent`` says what becomes of a trajectory that is not in the store. Those of the defaults are skipped
     in any case, as long as there is something left to do. Where the series has none of the default
@@ -92,15 +106,22 @@ def curves_of(
             found: dict[str, Any] = fit_series_curves(looking)
         with console.status(f"curves of {config.name}: fitting growth curves"):
             fitted: dict[str, Any] = fit_series_growth(fitting)
-        counts["curves_computed"] = int(found["computed"]) + int(fitted["computed"])
+        with console.status(f"curves of {config.name}: looking for births of heads"):
+            born: dict[str, Any] = find_series_head_births(
+                HeadsJob(root=root, series=config.name, rule=config.curves.heads)
+            )
+        counts["curves_computed"] = sum(int(done["computed"]) for done in (found, fitted, born))
     skipped = [*found["skipped"], *fitted["skipped"]]
-    if absent == "refuse" and len(skipped) == len(trajectories) + len(growth.trajectories):
+    nothing = len(skipped) == len(trajectories) + len(growth.trajectories) and bool(born["skipped"])
+    if absent == "refuse" and nothing:
         raise UsageError("; ".join(skipped))
     return CurvesSummary(
-        computed=found["computed"] or fitted["computed"],
+        computed=found["computed"] or fitted["computed"] or born["computed"],
         rows=stored_rows(store, config.name, PHASES_FORM),
         growth=stored_rows(store, config.name, GROWTH_FORM),
+        heads=stored_rows(store, config.name, HEADS_FORM),
         skipped=found["skipped"],
         growth_skipped=fitted["skipped"],
+        heads_skipped=born["skipped"],
         remark=remark,
     )

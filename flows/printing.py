@@ -96,8 +96,33 @@ def print_curves(summary: Any) -> None:
     _print_growth(summary.growth)
     for sentence in summary.growth_skipped:
         out.print(f"No growth curves: {sentence}.", markup=False)
-    if (summary.rows or summary.growth) and not summary.computed:
+    for line in head_lines(summary.heads):
+        out.print(line, markup=False, soft_wrap=True)
+    for sentence in summary.heads_skipped:
+        out.print(f"No births of heads: {sentence}.", markup=False)
+    if (summary.rows or summary.growth or summary.heads) and not summary.computed:
         out.print("The stored curves are of the same data and settings.")
+
+
+def head_lines(rows: list[Any]) -> list[str]:
+    """Per run, how many heads of each kind were born, and the first of them with its interval."""
+    from analyzers.head_births import HEAD_KINDS
+
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.run is not None:
+            kind = HEAD_KINDS[row.trajectory.partition("[")[0]][0]
+            found.setdefault(row.run, []).append(f"{kind} heads: {_born(row)}")
+    return [f"{run}: {'; '.join(sorted(parts))}." for run, parts in sorted(found.items())]
+
+
+def _born(row: Any) -> str:
+    step = row.parameters.get("birth_step")
+    if step is None:
+        return "not seen"
+    low, _ = row.intervals["birth_step"]
+    before = "there from the first checkpoint on" if low is None else f"after {low:,.0f}"
+    return f"{row.parameters['heads']:.0f}, first at step {step:,.0f} ({before})"
 
 
 def _print_growth(rows: list[Any]) -> None:
@@ -138,6 +163,30 @@ def print_predicted(summary: Any) -> None:
     out.print(f"{summary.models} models; curves used: {used}.", markup=False)
     if summary.left_out:
         out.print(f"{summary.left_out} curves are neither early-peak nor log-rise, or lack a parameter.")
+
+
+# Layers that a table of predicted curves has room for.
+_LAYERS = 6
+
+
+def print_predicted_curves(found: Any, metric: str) -> None:
+    """Predicted values at some steps and layers, and how far such curves are off for models left out."""
+    from flows.predict import score_sentence
+
+    last = len(found.curves) - 1
+    layers = sorted(
+        {round(i * last / max(1, min(_LAYERS, last + 1) - 1)) for i in range(min(_LAYERS, last + 1))}
+    )
+    sizes = ", ".join(f"{name} {size}" for name, size in found.architecture.items())
+    table = Table("step", *(f"layer {i}" for i in layers), title=f"predicted {metric}: {sizes}")
+    for at, step in enumerate(found.steps):
+        if step == 0 or step & (step - 1) == 0 or step == found.steps[-1]:
+            values = [found.curves[i] for i in layers]
+            table.add_row(f"{step:,}", *("no curve" if v is None else f"{v[at]:,.4g}" for v in values))
+    out.print(table)
+    out.print(score_sentence(found), markup=False)
+    for remark in found.remarks:
+        out.print(f"Mind: {remark}.", markup=False)
 
 
 def _end(row: Any, phase: str) -> str:

@@ -150,6 +150,26 @@ _SPECS = (
         newest_within=("series", "run", "analyzer"),
     ),
     TableSpec(
+        "sequence_values",
+        "one row per checkpoint, metric and place whose values on single sequences are kept",
+        _schema(
+            _STEP,
+            ("analyzer", _STR, "analyzer that produced the row"),
+            ("metric", _STR, "metric, one of docs/metrics.md"),
+            ("site", _STR, "place in the network; null for the whole model"),
+            ("layer", _I32, "block, counted from 0; null outside the blocks"),
+            ("head", _I32, "attention head; null where the row is not about one"),
+            ("sequences", pa.list_(_I64), "numbers of the sequences within the probe, ascending, from 0"),
+            ("values", pa.list_(_F64), "the metric on each of them; null where it has no finite value"),
+            _KEY,
+            _PROTOCOL,
+            _RECORDED,
+        ),
+        newest_by=("series", "run", "step", "protocol", "metric", "site", "layer", "head"),
+        newest_of="protocol",
+        newest_within=("series", "run", "analyzer"),
+    ),
+    TableSpec(
         "curves",
         "one row per trajectory and form fitted to it, and one per series (run null) for all runs together",
         _schema(
@@ -158,7 +178,11 @@ _SPECS = (
             ("site", _STR, "place in the network; null for the whole model"),
             ("layer", _I32, "block, counted from 0; null outside the blocks"),
             ("head", _I32, "attention head; null where the row is not about one"),
-            ("form", _STR, "what was fitted; geometric-phases is docs/phases.md"),
+            (
+                "form",
+                _STR,
+                "what was fitted; geometric-phases is docs/phases.md, head-birth is docs/massive.md",
+            ),
             ("class", _STR, "shape of the whole trajectory; null where it could not be judged"),
             ("n", _I64, "checkpoints with a usable value"),
             ("runs", pa.list_(_STR), "runs that entered"),
@@ -169,7 +193,7 @@ _SPECS = (
             (
                 "peak_step",
                 _I64,
-                "step of the peak, where the form has one; null where none is seen",
+                "step of the peak, or of the birth of a head, where the form has one; null: none is seen",
             ),
             ("note", _STR, "what a reader must know of this row; null in the normal case"),
             ("settings", _STR, "JSON: version and settings of the rule, protocols of the values it read"),

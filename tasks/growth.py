@@ -1,5 +1,6 @@
 """Fit growth curves to the stored trajectories of a series, and store them in the table ``curves``."""
 
+import json
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from storage.errors import UsageError
 from storage.keys import digest
 from storage.store import Store, column_name
 from tasks.curve_rows import TrajectoriesJob, describe_settings, identity_of, is_stored, write_rows
+from tasks.sequences import SequenceValues
 from tasks.trajectories import PLACE, chosen_rows, place_of, stored_metrics
 
 
@@ -39,6 +41,7 @@ def fit_growth_curves(job: GrowthJob) -> dict[str, Any]:
     identity = curves[GROWTH_FORM]
     if chosen.empty or is_stored(store, job.series, GROWTH_FORM, identity):
         return {"curve": identity, "computed": False, "skipped": skipped}
+    kept = SequenceValues(store, job.series)
     found: dict[str | None, list[dict[str, Any]]] = {}
     for group, rows in chosen.groupby(PLACE, dropna=False, sort=True):
         place = place_of(group)
@@ -49,22 +52,30 @@ def fit_growth_curves(job: GrowthJob) -> dict[str, Any]:
                     mine["value"].to_numpy(dtype=np.float64),
                     job.rule,
                     str(run),
+                    kept.of(mine),
                 )
                 for run, mine in rows.groupby("run", sort=True)
             ]
         except ValueError as error:
             raise UsageError(f"growth of {column_name(*place)}: {error}") from None
         about, mixed = describe_settings(settings, rows)
-        common = {**dict(zip(PLACE, place, strict=True)), "settings": about}
+        common = dict(zip(PLACE, place, strict=True))
         for run in runs:
             found.setdefault(run.run, []).extend(
-                common | row | {"curve": curves[row["form"]]} for row in _rows(run)
+                common | row | {"curve": curves[row["form"]], "settings": _drawn(about, run)}
+                for row in _rows(run)
             )
+        every = pool(runs, job.rule)
         found.setdefault(None, []).append(
-            common | _pooled(pool(runs, job.rule), runs, mixed) | {"curve": identity}
+            common | _pooled(every, runs, mixed) | {"curve": identity, "settings": _drawn(about, every)}
         )
     write_rows(store, job.series, identity, found)
     return {"curve": identity, "computed": True, "skipped": skipped}
+
+
+def _drawn(about: str, found: Trajectory) -> str:
+    """The settings with what the bootstrap drew in fact, as ``drawn``."""
+    return json.dumps({**json.loads(about), "drawn": found.method}, sort_keys=True)
 
 
 def _rows(run: Trajectory) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ def show_newest(store: Store, plans: list[tuple[Checkpoint, Plan]]) -> None:
         for item in plan.wanted:
             if (run, item.analyzer.name) in computed or canonical_json(item.protocol) in shown:
                 continue
-            for table in ("spectra", "metrics"):
+            for table in ("spectra", "sequence_values", "metrics"):
                 if item.file in store.names(table, checkpoint.series, run):
                     store.renew(table, checkpoint.series, run, item.file)
 
@@ -223,6 +223,20 @@ def store_result(store: Store, checkpoint: Checkpoint, item: Pending, result: Re
             for s in result.spectra
         ]
         store.write("spectra", spectra, metadata=about, **where)
+    if result.sequence_values:
+        values = [
+            {
+                **common,
+                "metric": s.metric,
+                "site": s.site,
+                "layer": s.layer,
+                "head": s.head,
+                "sequences": s.sequences.tolist(),
+                "values": [value if math.isfinite(value) else None for value in s.values.tolist()],
+            }
+            for s in result.sequence_values
+        ]
+        store.write("sequence_values", values, metadata=about, **where)
     rows = [{**common, "tokens": checkpoint.tokens, **row} for row in _metric_rows(result)]
     store.write("metrics", rows, metadata=about, **where)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analyzers.head_births import HEADS_FORM
 from storage import Store, UsageError
 from storage.store import column_name
 from tasks.training_log import ANALYZER
@@ -129,11 +130,12 @@ def collect(store: Store, series: str) -> ReportData:
         metrics, states, checkpoints, [*failures, *(f for f in findings if f["severity"] == "error")]
     )
     done = measured[["run", "step", "analyzer"]].drop_duplicates()
+    curves = [_curve(row) for row in rows("curves")]
     crowded = int(metrics["head"].notna().sum()) > _MOST_HEAD_VALUES
     return ReportData(
         series=series,
         runs=runs,
-        trajectories=_trajectories(metrics[metrics["head"].isna()] if crowded else metrics, runs),
+        trajectories=_trajectories(metrics[_worth(metrics, curves)] if crowded else metrics, runs),
         heads_left_out=crowded,
         measured={(str(run), int(step), str(a)) for run, step, a in done.itertuples(index=False)},
         protocols=_protocols(measured),
@@ -143,7 +145,7 @@ def collect(store: Store, series: str) -> ReportData:
         audited=bool(store.files("findings", series)),
         findings=findings,
         failures=failures,
-        curves=[_curve(row) for row in rows("curves")],
+        curves=curves,
         models=models,
         transitions=sorted(of_model("transitions"), key=lambda row: (row["from"], row["to"])),
         boundaries=sorted(of_model("boundaries"), key=lambda row: (row["run"], row["step"])),
@@ -156,6 +158,17 @@ def collect(store: Store, series: str) -> ReportData:
         provenance=sorted(rows("provenance"), key=lambda row: str(row["started"]), reverse=True),
         as_of=metrics["recorded_at"].max().to_pydatetime() if len(metrics) else None,
     )
+
+
+def _worth(metrics: pd.DataFrame, curves: Sequence[Row]) -> "pd.Series[bool]":
+    """What a crowded page keeps: all that is not about a head, and the scores of heads that were born."""
+    born = {
+        (row["metric"], row["layer"], row["head"])
+        for row in curves
+        if row["form"] == HEADS_FORM and row["head"] is not None and row["peak_step"] is not None
+    }
+    places = zip(metrics["metric"], metrics["layer"], metrics["head"], strict=True)
+    return metrics["head"].isna() | pd.Series([place in born for place in places], index=metrics.index)
 
 
 def _at_measured_steps(metrics: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:

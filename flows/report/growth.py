@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from analyzers.growth import FITTED, GROWTH_FORM
 from analyzers.growth_forms import FORMS
-from flows.report.data import ReportData, Row
+from flows.report.data import ReportData, Row, read_json
 from flows.report.phases import ALL_RUNS
 from flows.report.text import ABSENT, number
 from storage.store import column_name
@@ -24,6 +24,7 @@ class GrowthRow:
     peak: str
     r2: float | None
     lead: float | None
+    drawn: str
     fitted: list[float] | None
     note: str | None
 
@@ -74,6 +75,7 @@ def _row(name: str, row: Row, forms: list[Row]) -> GrowthRow:
         peak=_peak(row),
         r2=row["r2"] if row["run"] is not None else numbers.get("r2_median"),
         lead=lead,
+        drawn=read_json(row["settings"]).get("drawn") or ABSENT,
         fitted=[numbers[key] for key in FITTED] if all(key in numbers for key in FITTED) else None,
         note=row["note"],
     )

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analyzers.latent import training_map
-from flows.report import baselines, drivers, growth, outcomes, phases, states, text
+from flows.report import baselines, drivers, growth, heads, outcomes, phases, states, text
 from flows.report.data import Protocol, ReportData, Row, Trajectory, read_json
 from flows.report.selection import HEIGHT, WIDTH, panels
 from flows.report.summary import lasting, summarize
@@ -24,6 +24,7 @@ def render(data: ReportData) -> str:
     rows = states.state_rows(data)
     phase_places = phases.places(data)
     growth_places = growth.places(data)
+    head_maps = heads.maps(data)
     walks = states.paths(data)
     bands = baselines.payload(data.baselines, walks)
     chosen = data.chosen
@@ -63,6 +64,7 @@ def render(data: ReportData) -> str:
         answers=[outcomes.describe(row) for row in data.outcomes],
         phase_places=phase_places,
         growth_places=growth_places,
+        head_maps=head_maps,
         layered=any(t.layer is not None for t in data.trajectories),
         lasting=lasting(data),
         protocols=[_protocol_row(protocol) for protocol in data.protocols],
@@ -70,7 +72,9 @@ def render(data: ReportData) -> str:
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        payload=Markup(_embed(payload(data, colors, phase_places, growth_places) | {"bands": bands})),
+        payload=Markup(
+            _embed(payload(data, colors, phase_places, growth_places, head_maps) | {"bands": bands})
+        ),
     )
 
 
@@ -79,6 +83,7 @@ def payload(
     colors: list[str],
     phase_places: list[phases.PhasePlace],
     growth_places: list[growth.GrowthPlace],
+    head_maps: list[heads.HeadMap],
 ) -> dict[str, Any]:
     """What the script draws from: every trajectory once, with nulls where a value is absent."""
     return {
@@ -108,6 +113,7 @@ def payload(
         "start": _start(data.trajectories),
         "phases": phases.payload(data, phase_places),
         "growth": growth.payload(data, growth_places),
+        "heads": heads.payload(data, head_maps),
         "stateColors": colors,
         "stateInks": [ink_on(color) for color in colors],
         "protocols": _captions(data.protocols),

@@ -359,6 +359,39 @@
     byId("band-caption").textContent = `Run ${run.name}. In brackets: adjusted Rand index with the states of this run. Colours of states and of k-means mean the same; those of other pieces only tell neighbours apart. The step axis follows the choice above.`;
   }
 
+  // ---- births of heads
+
+  function drawHeads() {
+    if (!byId("heads-plot")) return;
+    const chosen = data.heads[Number(byId("heads-map").value)], scale = "symlog";
+    const r = data.runs.findIndex((run) => run.name === chosen.run), run = data.runs[r];
+    const rows = chosen.rows.map((row) => ({ ...row, t: data.trajectories[row.trajectory] })).filter((row) => r >= 0 && row.t.values[r]);
+    if (!rows.length) {
+      Plotly.purge(byId("heads-plot"));
+      byId("heads-caption").textContent = `This page holds no scores of the ${chosen.kind} heads of run ${chosen.run}.`;
+      return;
+    }
+    const names = rows.map((row) => `${row.t.layer}.${row.t.head}`), born = rows.map((row, i) => ({ ...row, name: names[i] })).filter((row) => row.birth !== null);
+    const { axis, layout } = layoutBase();
+    const margin = { l: 70, r: 16, t: 30, b: 56 };
+    Plotly.react(byId("heads-plot"), [{
+      type: "heatmap", colorscale: "Viridis", zmin: 0, zmax: 1, hoverongaps: false, z: rows.map((row) => row.t.values[r]),
+      colorbar: { thickness: 12, outlinewidth: 0, title: { text: plain(rows[0].t.metric), side: "right", font: { size: 13 } } },
+      x: cellEdges(run.steps, scale), y: names,
+      customdata: rows.map((row) => row.t.values[r].map((value, i) => value === null ? "" : `step ${spell(run.steps[i])}<br>score ${spell(value)}`)),
+      hovertemplate: "<b>layer.head %{y}</b><br>%{customdata}<extra></extra>",
+    }, {
+      type: "scatter", mode: "markers", name: "birth", showlegend: false, x: born.map((row) => position(row.birth, scale)), y: born.map((row) => row.name),
+      marker: { symbol: "diamond", size: 10, color: "#ffffff", line: { width: 2, color: "#d62728" } },
+      customdata: born.map((row) => `born at step ${spell(row.birth)}`), hovertemplate: "<b>layer.head %{y}</b><br>%{customdata}<extra></extra>",
+    }], {
+      ...layout, margin, height: Math.max(240, Math.min(rows.length * 22, 720)) + margin.t + margin.b,
+      xaxis: { ...axis, ...stepAxis([run], scale), showgrid: false },
+      yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, autorange: "reversed", title: { text: "layer.head", standoff: 8, font: { size: 13 } }, showgrid: false },
+    }, config);
+    byId("heads-caption").textContent = `${caption({ ...rows[0].t, layer: null, head: null })} Run ${chosen.run}; threshold ${chosen.threshold}; ${born.length} of the ${rows.length} heads shown were born.`;
+  }
+
   // ---- downloads
 
   // A text that begins like a formula would be run by a spreadsheet.
@@ -402,7 +435,7 @@
 
   // ---- start
 
-  const drawAll = () => { drawLines(); drawHeat(); drawPhases(); drawGrowth(); drawBands(); };
+  const drawAll = () => { drawLines(); drawHeat(); drawPhases(); drawGrowth(); drawBands(); drawHeads(); };
 
   if (byId("line-plot")) {
     pickLine = pickers("line", ["metric", "site", "layer", "head"], data.trajectories, drawLines);
@@ -426,6 +459,10 @@
     byId("growth-place").disabled = data.growth.length < 2;
     byId("growth-place").addEventListener("change", drawGrowth);
   }
+  if (byId("heads-map")) {
+    byId("heads-map").disabled = data.heads.length < 2;
+    byId("heads-map").addEventListener("change", drawHeads);
+  }
 
   if (byId("band-run")) {
     byId("band-run").disabled = data.bands.length < 2;
@@ -444,7 +481,7 @@
   // Paper is white and has a width of its own.
   const paperWidth = 680;
   let chosenTheme;
-  const plots = () => [byId("line-plot"), byId("heat-plot"), byId("phase-plot"), byId("growth-plot"), byId("band-plot")].filter(Boolean);
+  const plots = () => [byId("line-plot"), byId("heat-plot"), byId("phase-plot"), byId("growth-plot"), byId("band-plot"), byId("heads-plot")].filter(Boolean);
   window.addEventListener("beforeprint", () => {
     chosenTheme = root.dataset.theme;
     root.dataset.theme = "light";

@@ -307,3 +307,39 @@ def test_nan_is_no_number() -> None:
         assert rows[name].value is None or np.isnan(rows[name].value)
     assert rows["top1_channel"].n == 1  # of the other sequence
     assert rows["top_channel_energy_share"].value is None
+
+
+def test_values_of_single_sequences_do_not_depend_on_batches_or_padding() -> None:
+    values = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(2))
+    values[3, 0, 2] = 50
+    mask = torch.ones(5, 8, dtype=torch.bool)
+    mask[1, 5:] = False
+    mask[4] = False  # nothing but padding: no such sequence
+    batch = Batch(torch.zeros(5, 8, dtype=torch.int64), torch.arange(7, 12), mask)
+    whole, one, other = ExtremesState(), ExtremesState(), ExtremesState()
+    whole.update(values, batch)
+    other.update(values[2:], batch.part(slice(2, 5)))
+    one.update(values[:2], batch.part(slice(2)))
+    other.merge(one)  # the later sequences come first
+    for state in (whole, other):
+        index, each = state.sequences()
+        assert index.tolist() == [7, 8, 9, 10]
+        for number, row in zip(index.tolist(), each.numpy(), strict=True):
+            h = np.sort(np.abs(values[number - 7][mask[number - 7]].double().numpy()).ravel())
+            median = h[(len(h) - 1) // 2]
+            assert row[:5] == pytest.approx([*h[::-1][:3], median, h[-1] / median], rel=1e-12)
+        torch.testing.assert_close(each.sum(0), state.sums, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_metric_is_the_mean_of_what_is_kept_of_sequences(
+    kept: bool, tiny_neox: Callable[..., Any], tiny_tokens: Tensor
+) -> None:
+    adapter = Adapter(tiny_neox())
+    analyzer = MassiveAnalyzer({"sequence_values": kept})
+    result = analyzer.measure(run_pass(adapter, batches(tiny_tokens, 2), analyzer.needs(adapter)), adapter)
+    rows = {(row.metric, row.site, row.layer): row.value for row in result.rows}
+    assert len(result.sequence_values) == 3 * adapter.layers * kept
+    for each in result.sequence_values:
+        assert each.sequences.tolist() == list(range(len(tiny_tokens)))
+        assert each.values.mean() == pytest.approx(rows[each.metric, each.site, each.layer], rel=1e-12)

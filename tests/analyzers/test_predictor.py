@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 
 from analyzers import predictor
-from analyzers.predictor import REGRESSORS, Architecture, Sample, Score, features, leave_one_model_out, usable
+from analyzers.growth import growth
+from analyzers.predictor import (
+    REGRESSORS,
+    Architecture,
+    Sample,
+    Score,
+    curve,
+    features,
+    leave_one_model_out,
+    predict,
+    score_curves,
+    usable,
+)
 
 MODELS = [
     Architecture(4, 128, 4, 512),
@@ -157,3 +169,42 @@ def test_too_few_models_and_bad_parameters() -> None:
     assert usable((1.0, 1.0, 1.0, 1.0, -5.0))
     assert not usable((1.0, 1.0, 1.0, float("nan"), 1.0))
     assert not usable((1.0, 1.0, 1.0))
+
+
+def test_predicted_curves_are_those_that_were_planted() -> None:
+    steps = np.array([0.0, 1, 10, 100, 1000, 10_000])
+    samples = planted(np.random.default_rng(0), noise=0)
+    wanted = Architecture(9, 900, 12, 3600)
+    found = predict(samples, wanted)
+    assert found.shape == (9, 5)
+    for layer, parameters in enumerate(found):
+        depth = (layer + 1) / 9
+        logs = np.array([4 + 2 * depth, 0.3 - 0.2 * depth, 0.01 + 0.02 * depth**2, 1 + depth])
+        true = growth(steps, np.array([*np.expm1(logs), 50 - 30 * depth]))
+        shown = curve(steps, parameters)
+        assert shown is not None
+        assert np.linalg.norm(shown - true) < 0.1 * np.linalg.norm(true)
+    scores = {score.regressor: score for score in score_curves(samples, steps)}
+    assert set(scores) == set(REGRESSORS)
+    assert scores["Ridge"].error < 0.1 < scores["Ridge"].baseline
+    assert (scores["Ridge"].n, scores["Ridge"].broken) == (len(samples), 0)
+
+
+def test_what_is_no_curve_is_none() -> None:
+    steps = np.array([0.0, 10.0])
+    good = np.array([2.0, 0.1, 0.5, 1.0, 5.0])
+    assert curve(steps, good) == pytest.approx(growth(steps, good))
+    for place, value in ((1, -0.1), (3, 0.0), (2, -1.0), (0, np.nan)):
+        broken = good.copy()
+        broken[place] = value
+        assert curve(steps, broken) is None
+
+
+def test_curves_need_models_and_a_known_regressor() -> None:
+    samples = planted(np.random.default_rng(0))
+    few = [sample for sample in samples if sample.architecture in MODELS[:2]]
+    for refuse in (lambda: predict(few, MODELS[0]), lambda: score_curves(few, np.ones(2))):
+        with pytest.raises(ValueError, match="2 models, and 3 are the fewest"):
+            refuse()
+    with pytest.raises(ValueError, match="no regressor 'Best'"):
+        predict(samples, MODELS[0], "Best")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from flow_support import TINY, Cli
 
-from storage import open_root
+from storage import Store, open_root
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +58,43 @@ def test_study_finds_phases_where_it_can(tiny_series: Path, cli: Cli, tmp_path: 
     assert 'id="phase-plot"' in page
     again = cli(*arguments, "--analyzer", "loss", "--analyzer", "spectra")
     assert "Nothing was computed anew." in again.stdout
+
+
+def test_births_of_heads_are_printed(cli: Cli, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    protocol = json.dumps({"parameters": {"induction_threshold": 0.3, "previous_threshold": 0.5}})
+    rows = [
+        {
+            "step": step,
+            "analyzer": "induction",
+            "metric": metric,
+            "site": "attention",
+            "layer": 0,
+            "head": head,
+        }
+        | {"value": 0.9 if metric == "prefix_matching" and step >= born else 0.0, "protocol": protocol}
+        for metric in ("prefix_matching", "repeat_previous_token")
+        for head, born in enumerate((512, 1000))
+        for step in (0, 256, 512, 1000, 2000)
+    ]
+    store.write("metrics", rows, series="planted", run="seed0", name="x")
+    done = cli("curves", "planted", "--root", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    line = "seed0: induction heads: 2, first at step 512 (after 256); previous-token heads: not seen."
+    assert line in done.stdout
+    # A summary row per kind for the run and for all runs, and one row for each of the two heads.
+    assert len(open_root(tmp_path).table("curves").to_pandas()) == 2 * (2 + 2)
+
+
+def test_values_of_sequences_are_stored_beside_their_mean(
+    tiny_series: Path, cli: Cli, tmp_path: Path
+) -> None:
+    done = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), "--analyzer", "massive", *TINY)
+    assert done.returncode == 0, done.stderr
+    store = open_root(tmp_path)
+    places = ["run", "step", "key", "metric", "site", "layer"]
+    metrics = store.table("metrics").to_pandas().set_index(places)["value"]
+    kept = store.table("sequence_values").to_pandas().set_index(places)["values"]
+    assert set(kept.index.get_level_values("metric")) == {"top1", "median", "top1_over_median"}
+    for place, values in kept.items():
+        assert values.mean() == pytest.approx(metrics[place], rel=1e-12)

@@ -1,4 +1,4 @@
-"""`ontogeny predict`: scores of several models, and one sentence where there are too few."""
+"""`ontogeny predict`: scores of several models, the curves of a given one, and a sentence if too few."""
 
 from pathlib import Path
 
@@ -40,3 +40,39 @@ def test_predict(cli: Cli, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for text in ("lambda", "RandomForest", "skill", "3 models; curves used: one 1, two 2, three 3."):
         assert text in done.stdout
+
+
+def test_the_curve_of_a_given_architecture(cli: Cli, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name, layers in (("one", 1), ("two", 2), ("three", 3)):
+        model(store, name, layers, 32 * layers)
+    root = ("--root", str(tmp_path))
+    sizes = "layers=2,width=64,heads=2,d_ff=256"
+    few = cli("predict", "one", "two", *root, "--architecture", sizes)
+    assert (few.returncode, len(few.stderr.strip().splitlines())) == (2, 1)
+    page, values = tmp_path / "x.html", tmp_path / "x.csv"
+    out = ("--out", str(page), "--out", str(values))
+    done = cli("predict", "one", "two", "three", *root, "--architecture", sizes, *out)
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert "each model left out in turn: median relative error of a curve" in shown
+    assert "Mind: a model of these sizes is among those that the prediction learned from." in shown
+    lines = values.read_text().splitlines()
+    assert lines[0] == "step,layer,value"
+    last = STEPS[-1]
+    assert {line.split(",")[1] for line in lines[1:]} == {"0", "1"}
+    assert lines[-1].startswith(f"{last},1,")
+    assert float(lines[-1].split(",")[2]) > 0
+    assert "Plotly.newPlot" in page.read_text(encoding="utf-8")
+    config = tmp_path / "config.json"
+    config.write_text('{"n_layer": 9, "n_embd": 64, "n_head": 2, "n_inner": null}')
+    done = cli("predict", "one", "two", "three", *root, "--architecture", str(config))
+    assert done.returncode == 0, done.stderr
+    assert "layers 9 lies outside the models' 1 to 3" in " ".join(done.stdout.split())
+    for bad, sentence in (
+        ("layers=2", "width is None"),
+        ("layers=2,depth=3", "'depth' is none of layers, width, heads, d_ff"),
+        (str(tmp_path / "none.json"), "is neither sizes nor a config.json"),
+    ):
+        refused = cli("predict", "one", "two", "three", *root, "--architecture", bad)
+        assert (refused.returncode, sentence in refused.stderr) == (2, True), refused.stderr

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from analyzers.growth import GrowthSettings, growth, reparametrised
+from analyzers.head_births import HeadSettings
 from analyzers.latent.training_map import Stay
 from flows.report import render_report
 from flows.report.data import collect
@@ -21,6 +22,7 @@ from flows.report.summary import summarize
 from flows.report.text import ABSENT
 from storage import Store, UsageError
 from tasks.growth import GrowthJob, fit_growth_curves
+from tasks.heads import HeadsJob, find_head_births
 
 
 class _Elements(HTMLParser):
@@ -522,7 +524,7 @@ def test_growth_table_and_data(growth_store: Store) -> None:
     curve = reparametrised(np.array([0.0, 4511.5]), np.array(row["fitted"]))
     assert curve == pytest.approx(growth(np.array([0, 4511.5]), np.array([300, 0.12, 8e-4, 1.5, 20])))
     text = " ".join(" ".join(elements.text).split())
-    assert "m[s.0] r early-peak massive-growth 4,512 (4,512 to 4,512) 1" in text
+    assert "m[s.0] r early-peak massive-growth 4,512 (4,512 to 4,512) residuals 1" in text
     assert "m[s.1] r log-rise logarithm" in text
     assert "m[s.1] all runs log-rise" in text
 
@@ -540,6 +542,59 @@ def test_growth_curves_are_drawn_over_their_values(browser: Any, growth_store: S
     page.locator("#growth-place").select_option("1")
     dots, line = page.evaluate(script)
     assert line[2][-1] == pytest.approx(dots[2][-1], abs=2)
+    page.close()
+    assert troubles == []
+
+
+@pytest.fixture(scope="module")
+def heads_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One run with an induction head 1.0 born at step 64 and three heads that never are one."""
+    store = Store(tmp_path_factory.mktemp("heads-store"))
+    protocol = json.dumps({"parameters": {"induction_threshold": 0.3, "previous_threshold": 0.5}})
+    rows = [
+        {"step": step, "analyzer": "induction", "metric": metric, "site": "attention", "layer": layer}
+        | {"head": head, "protocol": protocol, "key": "k"}
+        | {"value": 0.8 if (metric, layer, head) == ("prefix_matching", 1, 0) and step >= 64 else 0.1}
+        for metric in ("prefix_matching", "repeat_previous_token")
+        for layer in range(2)
+        for head in range(2)
+        for step in (0, 8, 64, 512)
+    ]
+    store.write("metrics", rows, series="s", run="r", name="x")
+    find_head_births(HeadsJob(root=store.root, series="s", rule=HeadSettings()))
+    return store
+
+
+def test_births_of_heads_are_listed(heads_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = render_report(heads_store, "s")
+    assert _cells(page, "table-heads") == [["induction", "r", "1", "0", "64 (after 8)", "0.8", "0.8"]]
+    text = " ".join(" ".join(_Elements(page).text).split())
+    assert "r: induction heads: 1, first at step 64 (after 8)" in text
+    assert "r: previous-token heads: not seen" in text
+    data = json.loads(_Elements(page).json)
+    assert [len(part["rows"]) for part in data["heads"]] == [4, 4]
+    # Of a crowded page the heads that were born stay.
+    monkeypatch.setattr("flows.report.data._MOST_HEAD_VALUES", 5)
+    data = json.loads(_Elements(render_report(heads_store, "s")).json)
+    (kept,) = data["heads"][0]["rows"]
+    trajectory = data["trajectories"][kept["trajectory"]]
+    assert (trajectory["layer"], trajectory["head"], kept["birth"]) == (1, 0, 64)
+    assert data["heads"][1]["rows"] == []
+
+
+def test_births_are_marked_on_the_map_of_heads(browser: Any, heads_store: Store, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(render_report(heads_store, "s"), encoding="utf-8")
+    page = browser.new_page()
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto((tmp_path / "page.html").as_uri())
+    script = "document.getElementById('heads-plot').data.map((t) => [t.type, [...t.x], [...t.y]])"
+    heat, marks = page.evaluate(script)
+    assert (heat[0], heat[2][0], len(heat[2])) == ("heatmap", "1.0", 4)
+    assert marks[1:] == [[pytest.approx(np.log10(65))], ["1.0"]]
+    page.locator("#heads-map").select_option("1")
+    _, marks = page.evaluate(script)
+    assert marks[1] == []
     page.close()
     assert troubles == []
 
