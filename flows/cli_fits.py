@@ -76,6 +76,33 @@ def states(series: SeriesArgument, root: RootOption = DEFAULT_ROOT, settings: Se
 
 
 @app.command()
+def decode(
+    series: SeriesArgument,
+    root: RootOption = DEFAULT_ROOT,
+    run: Annotated[str | None, typer.Option("--run", metavar="NAME", help="decode this run only")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="DIGEST", help="model to use, by the first digits of its identity"),
+    ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option("--of", metavar="OTHER_SERIES", help="use the model of this series of the store"),
+    ] = None,
+) -> None:
+    """Decode the runs of SERIES by a stored model without looking ahead: state and surprise of what is new.
+
+    The newest model of the series is used unless --model or --of name another. Checkpoints decoded before
+    keep their rows. docs/decode.md says what the flags mean. SERIES may also be the name of any series in
+    the store.
+    """
+    from flows.decode import decode_of
+
+    name = in_store(series, root)
+    quiet()
+    printing.print_decoded(decode_of(name, root, run, model, of))
+
+
+@app.command()
 def outcomes(
     series: SeriesArgument,
     root: RootOption = DEFAULT_ROOT,

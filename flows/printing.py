@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 out = Console()
+# Of a long list that a table holds as well, so many entries are printed.
+_FEW = 10
 
 
 def print_plan(items: list[Any]) -> None:
@@ -154,6 +156,64 @@ def print_states(summary: Any) -> None:
     for run, changes in summary.boundaries.items():
         path = ", ".join(f"{left} -> {right} at step {step:,}" for step, left, right in changes)
         out.print(f"  {run}: {path or 'no change of state'}")
+
+
+_FLAGS = {
+    "new": "new: no state explains it",
+    "unexpected": "unexpected: a state explains it, the checkpoints before it do not",
+}
+
+
+def print_decoded(summary: Any) -> None:
+    """The newest checkpoint of every run, then what is flagged among the checkpoints decoded just now."""
+    out.print(
+        f"Model {summary['model'][:8]} of series {summary['model_series']} ({summary['k']} states): "
+        f"{summary['decoded']} checkpoints decoded now.",
+        markup=False,
+    )
+    table = Table(
+        "run", "step", "state", "posterior", "surprise (nats)", "percentile", title="newest checkpoints"
+    )
+    for row in summary["runs"]:
+        rank = "unknown" if row["percentile"] is None else f"{row['percentile']:.1f} of {row['compared']}"
+        table.add_row(
+            escape(row["run"]),
+            f"{row['step']:,}",
+            str(row["state"]),
+            f"{row['posterior']:.3f}",
+            f"{row['surprise']:.2f}",
+            rank,
+        )
+    if summary["runs"]:
+        out.print(table)
+    for row in summary["runs"]:
+        for flag in row["flags"]:
+            out.print(
+                f"{row['run']}, step {row['step']:,}: {_FLAGS[flag]} ({_parts(row)}).",
+                markup=False,
+                soft_wrap=True,
+            )
+    newest = {(row["run"], row["step"]) for row in summary["runs"]}
+    earlier = [each for each in summary["flagged"] if (each["run"], each["step"]) not in newest]
+    if earlier:
+        shown = ", ".join(f"{e['run']} step {e['step']:,} ({', '.join(e['flags'])})" for e in earlier[:_FEW])
+        more = f" and {len(earlier) - _FEW} more: table online_states" if len(earlier) > _FEW else ""
+        out.print(f"Flagged before the newest: {shown}{more}.", markup=False, soft_wrap=True)
+    if summary["absent"]:
+        out.print(f"Not in the series: {', '.join(summary['absent'])}.", markup=False, soft_wrap=True)
+    for note in summary["notes"]:
+        out.print(f"{note[:1].upper()}{note[1:]}.", markup=False, soft_wrap=True)
+
+
+def _parts(row: Any) -> str:
+    """The metrics farthest from the state, with their values."""
+    found = []
+    for part in row["parts"][:3]:
+        values = "" if part["value"] is None else f" is {part['value']:.4g}"
+        if part["mean"] is not None:
+            values += f", the state's mean {part['mean']:.4g}"
+        found.append(f"{part['metric']}{values}, z = {part['z']:+.1f}")
+    return "; ".join(found)
 
 
 def print_study(summary: Any, root: str) -> None:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from analyzers.latent import StateFit
 from analyzers.latent.drivers import Driver, drivers, natural_means
+from analyzers.latent.hmm import log_predicted
 from analyzers.latent.training_map import Boundary, boundaries, dwell, dwell_tokens
 from storage.store import Store
 
@@ -15,7 +16,7 @@ Tokens = Mapping[tuple[str, int], int | None]
 
 
 def store_map(store: Store, series: str, model: str, fit: StateFit, metrics: pd.DataFrame) -> None:
-    """Write the tables transitions, boundaries, state_means and drivers; ``metrics`` knows the tokens."""
+    """Write the tables of the map and what online use compares with; ``metrics`` knows the tokens."""
     tokens = tokens_of(metrics)
     found = seen_boundaries(fit)
     tables = {
@@ -23,6 +24,7 @@ def store_map(store: Store, series: str, model: str, fit: StateFit, metrics: pd.
         "boundaries": boundary_rows(model, found, tokens),
         "state_means": mean_rows(fit, model),
         "drivers": driver_rows(fit, model),
+        "training_frames": training_rows(fit, model),
     }
     for table, rows in tables.items():
         store.write(table, list(rows), series=series, name=model)
@@ -135,6 +137,22 @@ def _driver(each: Driver, model: str, score: float | None) -> dict[str, Any]:
         "shift": each.shift,
         "shift_scaled": each.shift_scaled,
     }
+
+
+def training_rows(fit: StateFit, model: str) -> Iterator[dict[str, Any]]:
+    """Rows of the table training_frames."""
+    scaled, steps = fit.scaled(), dict(zip(fit.trajectories.runs, fit.trajectories.steps, strict=True))
+    predicted = log_predicted(fit.parameters, [scaled[run] for run in fit.train_runs])
+    for run, expected in zip(fit.train_runs, predicted, strict=True):
+        for step, frame, before in zip(steps[run], scaled[run], expected, strict=True):
+            if not np.isnan(frame).all():
+                yield {
+                    "run": run,
+                    "model": model,
+                    "step": int(step),
+                    "values": [number(value) for value in frame],
+                    "log_predicted": before.tolist(),
+                }
 
 
 def number(value: float) -> float | None:

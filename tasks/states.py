@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +13,9 @@ from storage.keys import digest
 from storage.store import Store
 from tasks.drivers import store_map
 from tasks.trajectories import select_trajectories, stored_metrics, transforms_of
+
+# Part of the identity of a fit: raised when more is stored with it, or other numbers.
+VERSION = 2
 
 
 class StatesJob(BaseModel):
@@ -41,6 +45,7 @@ def fit_series(job: StatesJob) -> dict[str, Any]:
     chosen = select_trajectories(metrics, job.trajectories)
     identity = digest(
         {
+            "version": VERSION,
             "job": job.model_dump(mode="json", exclude={"root"}),
             "data": digest([[*row] for row in chosen.astype(object).where(chosen.notna(), None).to_numpy()]),
         }
@@ -65,7 +70,9 @@ def fit_series(job: StatesJob) -> dict[str, Any]:
         store.write("states", mine, series=job.series, run=run, name=identity)
     store_map(store, job.series, identity, fit, metrics)
     # Last: its file says that the fit is complete.
-    store.write("state_models", list(fit.state_model_rows(identity)), series=job.series, name=identity)
+    known = {"grid": job.grid, "grid_steps": np.unique(np.concatenate(fit.trajectories.steps)).tolist()}
+    models = [{**row, **known} for row in fit.state_model_rows(identity)]
+    store.write("state_models", models, series=job.series, name=identity)
     return {"model": identity, "computed": True}
 
 
