@@ -1,4 +1,4 @@
-"""What an iteration of EM costs: restarts in one batch against hmmlearn's log implementation, same starts."""
+"""What EM and the choice of K cost: restarts in one batch against hmmlearn's log implementation."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,18 @@ import torch
 from hmmlearn.hmm import GaussianHMM
 from threadpoolctl import threadpool_limits
 
-from analyzers.latent import Covariance, Parameters, Prior, baum_welch, draw_start
+from analyzers.latent import (
+    Covariance,
+    Parameters,
+    Prior,
+    StateSettings,
+    Trajectories,
+    baum_welch,
+    draw_start,
+    fit_restarts,
+    fit_states,
+)
+from analyzers.latent.bootstrap import prior_of
 from benchmarks.timing import Line, Seconds, alternate, machine, now
 
 # Neither side has a prior or a floor: both compute the same likelihoods.
@@ -52,12 +63,84 @@ def flops(shape: Shape, k: int, covariance: Covariance) -> float:
 
 
 def run(shape: Shape | None = None, repeats: int = 5) -> Iterator[Line]:
-    """Diagonal and full covariance, for few and many states."""
+    """Diagonal and full covariance, for few and many states; then the whole choice of K."""
     shape = shape or Shape()
     runs = data(shape)
     for covariance, ks, bar in (("diag", (2, 4, 6, 8, 12), 1 / 12), ("full", (2, 6, 12), 1 / 5)):
         for k in ks:
             yield _line(shape, runs, k, covariance, bar, repeats)
+    yield from selection(shape, runs)
+
+
+def selection(shape: Shape, runs: Sequence[np.ndarray], k_max: int = 12) -> Iterator[Line]:
+    """All restarts of K = 1 .. ``k_max`` until they converge, then the same with folds and refits.
+
+    hmmlearn would take long for it. Its seconds per iteration are measured for every K, on the first restart
+    of that K, and multiplied by the iterations that all our restarts of that K took: both run the same EM
+    (the lines above compare their likelihoods), so both would need as many.
+    """
+    settings = StateSettings(k_max=k_max, restarts=shape.restarts, folds=0, bootstraps=0)
+    prior, ours = prior_of(settings), 0.0
+    iterations: dict[int, int] = {}
+    per_iteration: dict[int, float] = {}
+    for k in range(1, k_max + 1):
+        start = time.perf_counter()
+        done, _ = fit_restarts(runs, k, restarts=shape.restarts, seed=settings.seed, prior=prior)
+        ours += time.perf_counter() - start
+        # A restart that failed counts for no iteration: the other side gains by that.
+        iterations[k] = sum(len(each.objective) for each in done)
+        per_iteration[k] = _seconds_of_hmmlearn(shape, runs, k)
+    against = sum(per_iteration[k] * count for k, count in iterations.items())
+    default = StateSettings()
+    whole = settings.model_copy(update={"folds": default.folds, "bootstraps": default.bootstraps})
+    start = time.perf_counter()
+    fit_states(_trajectories(runs), whole)
+    everything = time.perf_counter() - start
+    total = sum(iterations.values())
+    for name, seconds, what in (
+        ("hmm.selection", ours, "all restarts of every K"),
+        ("hmm.selection.whole", everything, "restarts, folds, refits to resampled runs, choice, decoding"),
+    ):
+        yield Line(
+            name=name,
+            ratio=seconds / against,
+            against="hmmlearn GaussianHMM, implementation='log': every restart of every K, one core, scaled up",
+            # A minute against ten.
+            bar=0.1,
+            limit={"kind": "FLOP", "fits": sum(n * flops(shape, k, "diag") for k, n in iterations.items())},
+            seconds={"ours": Seconds.of([seconds]), "against": Seconds.of([against])},
+            repeats=1,
+            shapes={**asdict(shape), "k": f"1..{k_max}", "covariance": "diag"},
+            machine=machine(torch.device("cpu")),
+            date=now(),
+            notes={
+                "ours": f"wall-clock seconds on one thread: {what}",
+                "against": "seconds per iteration, measured at every K, times iterations of our restarts",
+                "iterations": total,
+                "share_of_against_measured": k_max * shape.iterations / max(total, 1),
+                "under_a_minute": seconds < 60,
+                "against_over_ten_minutes": against > 600,
+            },
+        )
+
+
+def _seconds_of_hmmlearn(shape: Shape, runs: Sequence[np.ndarray], k: int) -> float:
+    """Wall-clock seconds per iteration on one thread."""
+    start = draw_start(runs, k, "random frames", np.random.default_rng([k, 0]))
+    model, frames, lengths = reference(start, shape.iterations), np.concatenate(runs), [len(r) for r in runs]
+    began = time.perf_counter()
+    with threadpool_limits(1, user_api="blas"):
+        model.fit(frames, lengths)
+    return (time.perf_counter() - began) / len(model.monitor_.history)
+
+
+def _trajectories(runs: Sequence[np.ndarray]) -> Trajectories:
+    return Trajectories(
+        tuple(f"run{i:03}" for i in range(len(runs))),
+        tuple(np.arange(len(run)) for run in runs),
+        tuple(runs),
+        tuple(f"metric{i}" for i in range(runs[0].shape[1])),
+    )
 
 
 def _line(

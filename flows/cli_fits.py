@@ -12,10 +12,22 @@ from storage.store import DEFAULT_ROOT, Store
 
 
 @app.command()
-def curves(series: SeriesArgument, root: RootOption = DEFAULT_ROOT, settings: SetOption = None) -> None:
+def curves(
+    series: SeriesArgument,
+    root: RootOption = DEFAULT_ROOT,
+    settings: SetOption = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="print these trajectories only, as rankme_* or rankme_cov[resid_post.3]; may be repeated",
+        ),
+    ] = None,
+) -> None:
     """Find phases of geometry and fit growth curves in the stored trajectories of a series, and store them.
 
-    The rules are in docs/phases.md and docs/growth.md; "not seen" is an answer. SERIES may also be the name
+    The rules are in docs/phases.md and docs/growth.md; "not seen" is an answer. Of many trajectories the
+    first ten are printed, or those that --metric names; all of them are stored. SERIES may also be the name
     of any series in the store.
     """
     from flows.curves import curves_of
@@ -25,7 +37,7 @@ def curves(series: SeriesArgument, root: RootOption = DEFAULT_ROOT, settings: Se
     summary = curves_of(config, root)
     if summary.remark:
         out.print(f"{summary.remark}.", markup=False)
-    printing.print_curves(summary)
+    printing.print_curves(summary, tuple(metric or ()))
 
 
 @app.command()

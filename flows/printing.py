@@ -2,6 +2,7 @@
 
 import math
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rich.console import Console
@@ -66,9 +67,21 @@ def print_measured(summary: Any) -> None:
         out.print(f"[red]failed:[/red] {label} (see the table failures)")
 
 
-def print_curves(summary: Any) -> None:
-    """The phases of every trajectory and run, then the growth curves of all runs."""
-    for trajectory in dict.fromkeys(row.trajectory for row in summary.rows):
+def print_curves(summary: Any, patterns: tuple[str, ...] = ()) -> None:
+    """The phases of each trajectory and run, then the growth curves of all runs.
+
+    ``patterns`` choose trajectories by metric or name, all that fit; without any the first ten are printed,
+    and how many more there are.
+    """
+    trajectories = list(dict.fromkeys(row.trajectory for row in summary.rows))
+    growth = summary.growth
+    if patterns:
+        trajectories = [name for name in trajectories if _named(name, patterns)]
+        growth = [row for row in growth if _named(row.trajectory, patterns)]
+        if not trajectories and not growth:
+            out.print(f"No stored curve is of {', '.join(patterns)}.", markup=False)
+    shown = trajectories if patterns else trajectories[:_FEW]
+    for trajectory in shown:
         table = Table(
             "run", "shape", "end of collapse", "end of expansion", "compression", title=escape(trajectory)
         )
@@ -82,16 +95,29 @@ def print_curves(summary: Any) -> None:
                     _depth(row, "compression"),
                 )
         out.print(table)
-    for sentence in summary.skipped:
+    for sentence in summary.skipped[:_FEW]:
         out.print(f"No phases: {sentence}.", markup=False)
-    _print_growth(summary.growth)
+    _more(len(summary.skipped) - _FEW, "without phases")
+    _more(len(trajectories) - len(shown), "trajectories")
+    _print_growth(growth, patterns)
     for sentence in summary.growth_skipped:
         out.print(f"No growth curves: {sentence}.", markup=False)
     if (summary.rows or summary.growth) and not summary.computed:
         out.print("The stored curves are of the same data and settings.")
 
 
-def _print_growth(rows: list[Any]) -> None:
+def _named(trajectory: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern is that of the trajectory or of its metric; brackets stand for themselves."""
+    names = (trajectory, trajectory.partition("[")[0])
+    return any(fnmatchcase(name, pattern.replace("[", "[[]")) for name in names for pattern in patterns)
+
+
+def _more(count: int, what: str) -> None:
+    if count > 0:
+        out.print(f"And {count} more {what}: table curves, or --metric PATTERN.", markup=False)
+
+
+def _print_growth(rows: list[Any], patterns: tuple[str, ...]) -> None:
     from analyzers.growth_forms import CLASSES
 
     tables: dict[str, Table] = {}
@@ -115,8 +141,10 @@ def _print_growth(rows: list[Any]) -> None:
             peak,
             f"{numbers['r2_median']:.3f}" if "r2_median" in numbers else "",
         )
-    for table in tables.values():
+    shown = list(tables.values()) if patterns else list(tables.values())[:_FEW]
+    for table in shown:
         out.print(table)
+    _more(len(tables) - len(shown), "metrics with growth curves")
 
 
 def print_predicted(summary: Any) -> None:
@@ -153,9 +181,30 @@ def print_states(summary: Any) -> None:
     """The states of every run and where they change."""
     how = "fitted" if summary.computed else "the stored model is of the same data and settings"
     out.print(f"{summary.k} states ({how}).")
+    if summary.refits:
+        out.print(
+            f"In brackets: 5th to 95th percentile of the step over {summary.refits} refits to resampled runs."
+        )
+    else:
+        out.print("No bootstrap intervals: they need two training runs and refits that keep all states.")
     for run, changes in summary.boundaries.items():
-        path = ", ".join(f"{left} -> {right} at step {step:,}" for step, left, right in changes)
-        out.print(f"  {run}: {path or 'no change of state'}")
+        by_refits = summary.spreads.get(run) or [None] * len(changes)
+        path = ", ".join(
+            f"{left} -> {right} at step {step:,}{_spread(found, summary.refits)}"
+            for (step, left, right), found in zip(changes, by_refits, strict=True)
+        )
+        out.print(f"  {run}: {path or 'no change of state'}", markup=False)
+
+
+def _spread(found: tuple[int | None, int | None, int] | None, refits: int) -> str:
+    """The steps at which refits have a change of state, and how many have it if not all."""
+    if found is None:
+        return ""
+    low, high, count = found
+    if low is None or high is None:
+        return " [in no refit]"
+    where = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return f" [{where}]" if count == refits else f" [{where} in {count} of {refits}]"
 
 
 _FLAGS = {

@@ -264,6 +264,18 @@ _SPECS = (
                 _I64,
                 "first step of the stay after with a smoothed posterior of `to` above .9; null if none has",
             ),
+            (
+                "bootstrap_low",
+                _I64,
+                "5th percentile of `step` over the refits to resampled runs that have this change; null if "
+                "none has",
+            ),
+            ("bootstrap_high", _I64, "95th percentile of it"),
+            (
+                "bootstrap_refits",
+                _I32,
+                "refits that have this change, of those in state_models; null with one training run",
+            ),
             ("dwell_checkpoints", _I64, "checkpoints of the stay that ends here"),
             ("dwell_steps", _I64, "steps from the first checkpoint of that stay to `step`"),
             ("dwell_tokens", _I64, "the same in tokens; null where they are unknown"),

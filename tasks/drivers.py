@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 
 from analyzers.latent import StateFit
+from analyzers.latent.bootstrap import Spread, spread
 from analyzers.latent.drivers import Driver, drivers, natural_means
 from analyzers.latent.hmm import log_predicted
-from analyzers.latent.training_map import Boundary, boundaries, dwell, dwell_tokens
+from analyzers.latent.training_map import Boundary, Change, boundaries, changes, dwell, dwell_tokens, stays
 from storage.store import Store
 
 Tokens = Mapping[tuple[str, int], int | None]
@@ -21,7 +22,7 @@ def store_map(store: Store, series: str, model: str, fit: StateFit, metrics: pd.
     found = seen_boundaries(fit)
     tables = {
         "transitions": edge_rows(fit, model, found, tokens),
-        "boundaries": boundary_rows(model, found, tokens),
+        "boundaries": boundary_rows(model, found, spreads(fit, found), tokens),
         "state_means": mean_rows(fit, model),
         "drivers": driver_rows(fit, model),
         "training_frames": training_rows(fit, model),
@@ -47,6 +48,19 @@ def seen_boundaries(fit: StateFit) -> list[Boundary]:
     return found
 
 
+def spreads(fit: StateFit, found: list[Boundary]) -> list[Spread | None]:
+    """Where the refits to resampled runs put each of the changes; None without refits."""
+    by_run: dict[str, tuple[np.ndarray, list[list[Change]]]] = {}
+    for index, run in enumerate(fit.runs):
+        steps = run.steps[run.seen]
+        walks = [stays(steps.tolist(), paths[index][run.seen].tolist()) for paths in fit.refit_paths]
+        each = [[c for edge in changes({run.run: walk}).values() for c in edge] for walk in walks]
+        by_run[run.run] = steps, each
+    if not fit.refit_paths:
+        return [None] * len(found)
+    return [spread(b.change, *by_run[b.change.run]) for b in found]
+
+
 def edge_rows(fit: StateFit, model: str, found: list[Boundary], tokens: Tokens) -> Iterator[dict[str, Any]]:
     """Rows of the table transitions."""
     for row in fit.transition_rows(model):
@@ -60,9 +74,11 @@ def edge_rows(fit: StateFit, model: str, found: list[Boundary], tokens: Tokens) 
         }
 
 
-def boundary_rows(model: str, found: list[Boundary], tokens: Tokens) -> Iterator[dict[str, Any]]:
+def boundary_rows(
+    model: str, found: list[Boundary], spreads: list[Spread | None], tokens: Tokens
+) -> Iterator[dict[str, Any]]:
     """Rows of the table boundaries."""
-    for b in found:
+    for b, by_refits in zip(found, spreads, strict=True):
         yield {
             "run": b.change.run,
             "model": model,
@@ -73,6 +89,9 @@ def boundary_rows(model: str, found: list[Boundary], tokens: Tokens) -> Iterator
             "tokens": tokens.get((b.change.run, b.change.step)),
             "low": b.low,
             "high": b.high,
+            "bootstrap_low": None if by_refits is None else by_refits.low,
+            "bootstrap_high": None if by_refits is None else by_refits.high,
+            "bootstrap_refits": None if by_refits is None else by_refits.refits,
             "dwell_checkpoints": b.change.stay.checkpoints,
             "dwell_steps": b.change.dwell_steps,
             "dwell_tokens": dwell_tokens(b.change, tokens),

@@ -22,7 +22,7 @@ from analyzers.latent import (
     sample,
     score,
 )
-from analyzers.latent.selection import bootstrap, candidate, heldout_loglik
+from analyzers.latent.selection import candidate, heldout_loglik
 
 QUICK = StateSettings(k_max=4, restarts=6, folds=3, fold_restarts=3, bootstraps=4)
 MODEL = Parameters(np.ones(1), np.ones((1, 1)), np.zeros((1, 1)), np.ones((1, 1)))
@@ -121,8 +121,8 @@ def test_the_bootstrap_tells_states_of_all_runs_from_states_of_one():
     lone = [*values[:-1], np.concatenate([values[-1], 30 + np.random.default_rng(0).normal(size=(10, 5))])]
     found = candidate(5, lone, [], QUICK.model_copy(update={"bootstraps": 12}))
     assert 0 < found.bootstrap_refits < 12
-    path = np.concatenate([each.path for each in decode_runs(sure.parameters, values)])
-    assert bootstrap(sure.parameters, values[:1], path, QUICK) == (None, None)
+    alone = candidate(2, values[:1], [], QUICK)
+    assert (alone.bootstrap_ari, alone.bootstrap_refits, alone.refits) == (None, None, ())
 
 
 def candidates(*rows):
