@@ -62,17 +62,17 @@ def flops(shape: Shape, k: int, covariance: Covariance) -> float:
     return n * k * (4 * features + 6 * k)
 
 
-def run(shape: Shape | None = None, repeats: int = 5) -> Iterator[Line]:
+def run(shape: Shape | None = None, repeats: int = 5, k_max: int = 12) -> Iterator[Line]:
     """Diagonal and full covariance, for few and many states; then the whole choice of K."""
     shape = shape or Shape()
     runs = data(shape)
     for covariance, ks, bar in (("diag", (2, 4, 6, 8, 12), 1 / 12), ("full", (2, 6, 12), 1 / 5)):
         for k in ks:
             yield _line(shape, runs, k, covariance, bar, repeats)
-    yield from selection(shape, runs)
+    yield from selection(shape, runs, k_max)
 
 
-def selection(shape: Shape, runs: Sequence[np.ndarray], k_max: int = 12) -> Iterator[Line]:
+def selection(shape: Shape, runs: Sequence[np.ndarray], k_max: int) -> Iterator[Line]:
     """All restarts of K = 1 .. ``k_max`` until they converge, then the same with folds and refits.
 
     hmmlearn would take long for it. Its seconds per iteration are measured for every K, on the first restart
@@ -104,7 +104,7 @@ def selection(shape: Shape, runs: Sequence[np.ndarray], k_max: int = 12) -> Iter
         yield Line(
             name=name,
             ratio=seconds / against,
-            against="hmmlearn GaussianHMM, implementation='log': every restart of every K, one core, scaled up",
+            against="hmmlearn GaussianHMM, implementation='log': every restart, every K, one core, scaled up",
             # A minute against ten.
             bar=0.1,
             limit={"kind": "FLOP", "fits": sum(n * flops(shape, k, "diag") for k, n in iterations.items())},
