@@ -193,7 +193,7 @@ def print_states(summary: Any) -> None:
             f"{left} -> {right} at step {step:,}{_spread(found, summary.refits)}"
             for (step, left, right), found in zip(changes, by_refits, strict=True)
         )
-        out.print(f"  {run}: {path or 'no change of state'}", markup=False)
+        out.print(f"  {run}: {path or 'no change of state'}", markup=False, soft_wrap=True)
 
 
 def _spread(found: tuple[int | None, int | None, int] | None, refits: int) -> str:

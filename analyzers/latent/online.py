@@ -25,6 +25,8 @@ Flag = Literal["new", "unexpected"]
 QUANTILE = 0.999
 # With fewer comparable training frames than this, "more surprising than any of them" says too little.
 FEWEST = 20
+# Step by step and in one go, the filter differs by so much at most, relatively.
+ROUNDING = 1e-9
 # Metrics named as what sets a checkpoint apart from its state.
 NAMED = 5
 
@@ -185,7 +187,7 @@ class OnlineModel:
         flags: tuple[Flag, ...] = ()
         if len(surprises) >= FEWEST and surprise > _threshold(surprises):
             flags = ("new",) if misfit > _threshold(misfits) else ("unexpected",)
-        percentile = 100 * float((surprises <= surprise).mean()) if len(surprises) else None
+        percentile = 100 * float((surprises <= _above(surprise)).mean()) if len(surprises) else None
         return Reading(
             belief=Belief(int(step), posterior),
             state=state,
@@ -241,7 +243,12 @@ class OnlineModel:
 
 def _threshold(values: Float[np.ndarray, "_comparable"]) -> float:
     """The quantile, rounded up to a value that was seen: below 1000 frames it is their largest one."""
-    return float(np.quantile(values, QUANTILE, method="higher"))
+    return _above(float(np.quantile(values, QUANTILE, method="higher")))
+
+
+def _above(value: float) -> float:
+    """The value with what rounding may add: a training frame must not be above itself."""
+    return value + ROUNDING * (1 + abs(value))
 
 
 def _number(value: float) -> float | None:

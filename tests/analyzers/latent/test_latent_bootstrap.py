@@ -86,8 +86,8 @@ def test_a_blurred_change_has_the_wider_interval(noise):
     for index, run in enumerate(fit.runs):
         refits = []
         for paths in fit.refit_paths:
-            moves = np.flatnonzero(np.diff(paths[index])) + 1
-            refits.append([change(10 * int(t), paths[index][t - 1], paths[index][t]) for t in moves])
+            walk, moves = paths[index].tolist(), np.flatnonzero(np.diff(paths[index])) + 1
+            refits.append([change(10 * t, walk[t - 1], walk[t]) for t in moves.tolist()])
         for step, left, entered in run.boundaries():
             found = spread(change(step, left, entered), run.steps, refits)
             if found.refits:
