@@ -182,9 +182,9 @@ def test_both_sides_of_the_hmm_benchmark_compute_the_same_likelihoods() -> None:
     ]
     restarts, whole = lines[-2:]
     # What hmmlearn was not let do is scaled up by iterations, and how much of it was measured is said.
-    measured = restarts.notes["share_of_against_measured"] * restarts.notes["iterations"]
-    assert measured == pytest.approx(2 * shape.iterations)
-    assert restarts.seconds["against"] == whole.seconds["against"]
+    assert 0 < whole.notes["share_of_against_measured"] < 1
+    # The folds and the refits are work for both sides.
+    assert whole.seconds["against"].median > restarts.seconds["against"].median
     ours, against = restarts.seconds["ours"], restarts.seconds["against"]
     assert restarts.ratio == pytest.approx(ours.median / against.median)
     # In the table and among the shapes.
