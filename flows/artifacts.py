@@ -21,6 +21,7 @@ from prefect.artifacts import (
 from prefect.context import FlowRunContext
 from prefect.logging import get_logger
 
+from storage.audit import Finding
 from storage.store import Store
 from storage.tables import TABLES
 
@@ -57,6 +58,17 @@ def show_table(kind: str, series: str, rows: Sequence[Mapping[str, Any]], about:
         create_table_artifact(
             key=key(kind, series), table=[dict(row) for row in rows[:ROWS]], description=about
         )
+
+
+def show_findings(series: str, findings: Sequence[Finding]) -> None:
+    """What the audit found, errors first."""
+    ranks = {"error": 0, "warning": 1, "note": 2}
+    rows = [
+        {"severity": f.severity, "run": f.run, "step": f.step, "kind": f.kind, "detail": f.detail}
+        for f in sorted(findings, key=lambda f: ranks[f.severity])
+    ]
+    about = "docs/audit.md says what the kinds mean." if rows else "The audit found nothing."
+    show_table("findings", series, rows, f"Audit of {series}. {about}")
 
 
 def show_link(kind: str, series: str, url: str, text: str) -> None:

@@ -272,7 +272,7 @@ def list_(
     out.print(table)
 
 
-from flows import cli_fits  # noqa: E402, F401  (its commands stand after these)
+from flows import cli_fits, cli_serve  # noqa: E402, F401  (their commands stand after these)
 
 
 def main() -> None:

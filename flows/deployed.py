@@ -12,7 +12,7 @@ from flows.watch import WatchSummary, watch_series, watched
 from storage.audit import Finding
 from storage.store import Store
 
-# The commands' flows run inside these as plain functions: one run on Prefect's page, not two of the same thing.
+# The commands' flows run inside these as plain functions: one run on Prefect's page, not two of one thing.
 
 
 @flow(name="study-series", flow_run_name="study {form.series}")

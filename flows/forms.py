@@ -20,8 +20,19 @@ SeriesName = Annotated[
 ]
 
 
+def _series_first(schema: dict[str, Any]) -> None:
+    """What every form inherits is shown last."""
+    fields = schema["properties"]
+    schema["properties"] = {k: v for k, v in fields.items() if k not in _LAST} | {
+        k: fields[k] for k in _LAST if k in fields
+    }
+
+
+_LAST = ("settings", "root")
+
+
 class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_series_first)
 
 
 class RootForm(_Form):
@@ -29,7 +40,9 @@ class RootForm(_Form):
 
     root: Annotated[
         str | None,
-        Field(description="folder or URL of the store; absent: the worker's ONTOGENY_ROOT, else ontogeny-data"),
+        Field(
+            description="folder or URL of the store; absent: the worker's ONTOGENY_ROOT, else ontogeny-data"
+        ),
     ] = None
 
     @property
@@ -134,15 +147,17 @@ class StatesForm(_SettingsForm):
     series: Annotated[str, Field(description="name of a series in the store, or one of deploy/series")]
     trajectories: Annotated[
         list[str],
-        Field(description="trajectories, one per line, as loss or rankme_cov[resid_post.last]; none: the default"),
+        Field(description="trajectories, as loss or rankme_cov[resid_post.last]; none: the default ones"),
     ] = []
     grid: Annotated[
         Grid | None,
-        Field(description="frames of a run: union of the steps of all runs, its own, or common steps; absent: union"),
+        Field(
+            description="steps of the fit: the union of those of all runs, each run's own, or common"
+        ),
     ] = None
-    k_max: Annotated[int | None, Field(description="largest number of states tried; absent: 8", ge=1, le=100)] = (
-        None
-    )
+    k_max: Annotated[
+        int | None, Field(description="largest number of states tried; absent: 8", ge=1, le=100)
+    ] = None
 
     def overrides(self) -> dict[str, Any]:
         """As above, with the fields of the fit."""
@@ -167,10 +182,7 @@ class WatchForm(RootForm):
 
     series: Annotated[
         str | None,
-        Field(
-            description="a series in the store, or as for measuring; absent: every series of the store that was "
-            "measured, each as it was measured last"
-        ),
+        Field(description="a series of the store; absent: all that were measured, each as it was last"),
     ] = None
     of: Annotated[
         str | None,

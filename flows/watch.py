@@ -140,7 +140,9 @@ def _alert(kind: Kind, series: str, row: dict[str, Any]) -> Alert:
     metrics = [part["metric"] for part in row["parts"]]
     where = f"{series}/{row['run']}, step {row['step']:,}"
     if kind == "anomaly":
-        above = "" if row["percentile"] is None else f", above {row['percentile']:.1f} % of the training frames"
+        above = (
+            "" if row["percentile"] is None else f", above {row['percentile']:.1f} % of the training frames"
+        )
         sentence = (
             f"{where}: {' and '.join(row['flags'])}; surprise {row['surprise']:.2f} nats{above}; "
             f"farthest metrics: {', '.join(metrics)}"
