@@ -1,15 +1,31 @@
-"""What an iteration of EM costs: restarts in one batch against hmmlearn's log implementation, same starts."""
+"""What EM and the choice of K cost: restarts in one batch against hmmlearn's log implementation."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from hmmlearn.hmm import GaussianHMM
 from threadpoolctl import threadpool_limits
 
-from analyzers.latent import Covariance, Parameters, Prior, baum_welch, draw_start
+from analyzers.latent import (
+    Covariance,
+    Outcome,
+    Parameters,
+    Prior,
+    StateSettings,
+    Trajectories,
+    baum_welch,
+    draw_start,
+    fit_restarts,
+    fit_states,
+)
+from analyzers.latent.bootstrap import prior_of
 from benchmarks.timing import Line, Seconds, alternate, machine, now
 
 # Neither side has a prior or a floor: both compute the same likelihoods.
@@ -51,13 +67,110 @@ def flops(shape: Shape, k: int, covariance: Covariance) -> float:
     return n * k * (4 * features + 6 * k)
 
 
-def run(shape: Shape | None = None, repeats: int = 5) -> Iterator[Line]:
-    """Diagonal and full covariance, for few and many states."""
+def run(shape: Shape | None = None, repeats: int = 5, k_max: int = 12) -> Iterator[Line]:
+    """Diagonal and full covariance, for few and many states; then the whole choice of K."""
     shape = shape or Shape()
     runs = data(shape)
     for covariance, ks, bar in (("diag", (2, 4, 6, 8, 12), 1 / 12), ("full", (2, 6, 12), 1 / 5)):
         for k in ks:
             yield _line(shape, runs, k, covariance, bar, repeats)
+    yield from selection(shape, runs, k_max)
+
+
+def selection(shape: Shape, runs: Sequence[np.ndarray], k_max: int) -> Iterator[Line]:
+    """All restarts of K = 1 .. ``k_max`` until they converge; then the whole choice of K.
+
+    hmmlearn would take long for it. Its seconds per iteration and frame are measured for every K, on the
+    first restart of that K, and multiplied by the iterations and frames that ours took: both run the same EM
+    (the lines above compare their likelihoods), so both would need as many.
+    """
+    settings = StateSettings(k_max=k_max, restarts=shape.restarts)
+    per_frame = {k: _seconds_of_hmmlearn(shape, runs, k) for k in range(1, k_max + 1)}
+
+    def restarts() -> None:
+        for k in per_frame:
+            prior = prior_of(settings)
+            fit_restarts(runs, k, restarts=shape.restarts, seed=settings.seed, prior=prior)
+
+    def whole() -> None:
+        fit_states(_trajectories(runs), settings)
+
+    for name, side, what in (
+        ("hmm.selection", restarts, "all restarts of every K"),
+        ("hmm.selection.whole", whole, "restarts, folds, refits to resampled runs, choice, decoding"),
+    ):
+        with _counted() as frames:
+            wall, cpu = time.perf_counter(), time.process_time()
+            side()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        against = sum(per_frame[k] * count for k, count in frames.items())
+        work = sum(count * flops(shape, k, "diag") for k, count in frames.items()) / (
+            shape.runs * shape.frames
+        )
+        yield Line(
+            name=name,
+            ratio=wall / against,
+            against="hmmlearn GaussianHMM, implementation='log': the same fits on one core, scaled up",
+            # A minute against ten.
+            bar=0.1,
+            limit={"kind": "FLOP", "fits": work, "flop_per_second": work / wall},
+            seconds={"ours": Seconds.of([wall]), "against": Seconds.of([against])},
+            repeats=1,
+            shapes={**asdict(shape), "k": f"1..{k_max}", "covariance": "diag"},
+            machine=machine(torch.device("cpu")),
+            date=now(),
+            notes={
+                "ours": f"wall-clock seconds on one thread: {what}",
+                "ours_cpu_seconds": cpu,
+                "against": "seconds per iteration and frame, measured at every K, times iterations of ours",
+                "share_of_against_measured": k_max
+                * shape.iterations
+                * shape.runs
+                * shape.frames
+                / sum(frames.values()),
+                "under_a_minute": wall < 60,
+                "against_over_ten_minutes": against > 600,
+            },
+        )
+
+
+@contextmanager
+def _counted() -> Iterator[Counter[int]]:
+    """Frames times iterations of all fits that are made within, by number of states."""
+    frames: Counter[int] = Counter()
+
+    def counting(runs: Sequence[np.ndarray], starts: Sequence[Parameters], **options: Any) -> list[Outcome]:
+        outcomes = baum_welch(runs, starts, **options)
+        # A restart that failed counts as far as it came.
+        iterations = sum(len(each.objective) for each in outcomes)
+        if starts:
+            frames[starts[0].k] += iterations * sum(map(len, runs))
+        return outcomes
+
+    with (
+        patch("analyzers.latent.restarts.baum_welch", counting),
+        patch("analyzers.latent.bootstrap.baum_welch", counting),
+    ):
+        yield frames
+
+
+def _seconds_of_hmmlearn(shape: Shape, runs: Sequence[np.ndarray], k: int) -> float:
+    """Wall-clock seconds per iteration and frame on one thread."""
+    start = draw_start(runs, k, "random frames", np.random.default_rng([k, 0]))
+    model, frames, lengths = reference(start, shape.iterations), np.concatenate(runs), [len(r) for r in runs]
+    began = time.perf_counter()
+    with threadpool_limits(1, user_api="blas"):
+        model.fit(frames, lengths)
+    return (time.perf_counter() - began) / len(model.monitor_.history) / len(frames)
+
+
+def _trajectories(runs: Sequence[np.ndarray]) -> Trajectories:
+    return Trajectories(
+        tuple(f"run{i:03}" for i in range(len(runs))),
+        tuple(np.arange(len(run)) for run in runs),
+        tuple(runs),
+        tuple(f"metric{i}" for i in range(runs[0].shape[1])),
+    )
 
 
 def _line(

@@ -46,8 +46,13 @@ def _row(line: Line) -> str:
     bar = "not set" if line.bar is None else f"{line.bar:.2f}"
     ours, against = line.seconds["ours"], line.seconds["against"]
     return (
-        f"| {line.name} | {line.ratio:.3f} | {bar} | {line.limit['ratio']:.3f} "
-        f"| {line.limit['share_reached']:.2f} "
+        f"| {line.name} | {line.ratio:.3f} | {bar} | {_of_limit(line, 'ratio')} "
+        f"| {_of_limit(line, 'share_reached')} "
         f"| {ours.median:.3f} ({ours.fastest:.3f} to {ours.slowest:.3f}) "
         f"| {against.median:.3f} ({against.fastest:.3f} to {against.slowest:.3f}) | {line.against} |"
     )
+
+
+def _of_limit(line: Line, name: str) -> str:
+    """A number of the limit; a dash where the limit is no ratio (operations alone, say)."""
+    return f"{line.limit[name]:.3f}" if name in line.limit else "-"

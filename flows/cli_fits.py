@@ -13,10 +13,22 @@ from storage.store import DEFAULT_ROOT, Store
 
 
 @app.command()
-def curves(series: SeriesArgument, root: RootOption = DEFAULT_ROOT, settings: SetOption = None) -> None:
+def curves(
+    series: SeriesArgument,
+    root: RootOption = DEFAULT_ROOT,
+    settings: SetOption = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="print these trajectories only, as rankme_* or rankme_cov[resid_post.3]; may be repeated",
+        ),
+    ] = None,
+) -> None:
     """Find phases of geometry and fit growth curves in the stored trajectories of a series, and store them.
 
-    The rules are in docs/phases.md and docs/growth.md; "not seen" is an answer. SERIES may also be the name
+    The rules are in docs/phases.md and docs/growth.md; "not seen" is an answer. Of many trajectories the
+    first ten are printed, or those that --metric names; all of them are stored. SERIES may also be the name
     of any series in the store.
     """
     from flows.curves import curves_of
@@ -26,7 +38,7 @@ def curves(series: SeriesArgument, root: RootOption = DEFAULT_ROOT, settings: Se
     summary = curves_of(config, root)
     if summary.remark:
         out.print(f"{summary.remark}.", markup=False)
-    printing.print_curves(summary)
+    printing.print_curves(summary, tuple(metric or ()))
 
 
 @app.command()
@@ -100,6 +112,33 @@ def states(series: SeriesArgument, root: RootOption = DEFAULT_ROOT, settings: Se
         out.print("What drives each transition, strongest first, with the shift of the state's mean:")
     for line in lines:
         out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def decode(
+    series: SeriesArgument,
+    root: RootOption = DEFAULT_ROOT,
+    run: Annotated[str | None, typer.Option("--run", metavar="NAME", help="decode this run only")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="DIGEST", help="model to use, by the first digits of its identity"),
+    ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option("--of", metavar="OTHER_SERIES", help="use the model of this series of the store"),
+    ] = None,
+) -> None:
+    """Decode the runs of SERIES by a stored model without looking ahead: state and surprise of what is new.
+
+    The newest model of the series is used unless --model or --of name another. Checkpoints decoded before
+    keep their rows. docs/decode.md says what the flags mean. SERIES may also be the name of any series in
+    the store.
+    """
+    from flows.decode import decode_of
+
+    name = in_store(series, root)
+    quiet()
+    printing.print_decoded(decode_of(name, root, run, model, of))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import math
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 out = Console()
+# Of a long list that a table holds as well, so many entries are printed.
+_FEW = 10
 
 
 def print_plan(items: list[Any]) -> None:
@@ -75,9 +78,21 @@ def print_measured(summary: Any) -> None:
         out.print(f"[red]failed:[/red] {label} (see the table failures)")
 
 
-def print_curves(summary: Any) -> None:
-    """The phases of every trajectory and run, then the growth curves of all runs."""
-    for trajectory in dict.fromkeys(row.trajectory for row in summary.rows):
+def print_curves(summary: Any, patterns: tuple[str, ...] = ()) -> None:
+    """The phases of each trajectory and run, then the growth curves of all runs.
+
+    ``patterns`` choose trajectories by metric or name, all that fit; without any the first ten are printed,
+    and how many more there are.
+    """
+    trajectories = list(dict.fromkeys(row.trajectory for row in summary.rows))
+    growth = summary.growth
+    if patterns:
+        trajectories = [name for name in trajectories if _named(name, patterns)]
+        growth = [row for row in growth if _named(row.trajectory, patterns)]
+        if not trajectories and not growth:
+            out.print(f"No stored curve is of {', '.join(patterns)}.", markup=False)
+    shown = trajectories if patterns else trajectories[:_FEW]
+    for trajectory in shown:
         table = Table(
             "run", "shape", "end of collapse", "end of expansion", "compression", title=escape(trajectory)
         )
@@ -91,9 +106,11 @@ def print_curves(summary: Any) -> None:
                     _depth(row, "compression"),
                 )
         out.print(table)
-    for sentence in summary.skipped:
+    for sentence in summary.skipped[:_FEW]:
         out.print(f"No phases: {sentence}.", markup=False)
-    _print_growth(summary.growth)
+    _more(len(summary.skipped) - _FEW, "without phases")
+    _more(len(trajectories) - len(shown), "trajectories")
+    _print_growth(growth, patterns)
     for sentence in summary.growth_skipped:
         out.print(f"No growth curves: {sentence}.", markup=False)
     for line in head_lines(summary.heads):
@@ -125,7 +142,18 @@ def _born(row: Any) -> str:
     return f"{row.parameters['heads']:.0f}, first at step {step:,.0f} ({before})"
 
 
-def _print_growth(rows: list[Any]) -> None:
+def _named(trajectory: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern is that of the trajectory or of its metric; brackets stand for themselves."""
+    names = (trajectory, trajectory.partition("[")[0])
+    return any(fnmatchcase(name, pattern.replace("[", "[[]")) for name in names for pattern in patterns)
+
+
+def _more(count: int, what: str) -> None:
+    if count > 0:
+        out.print(f"And {count} more {what}: table curves, or --metric PATTERN.", markup=False)
+
+
+def _print_growth(rows: list[Any], patterns: tuple[str, ...]) -> None:
     from analyzers.growth_forms import CLASSES
 
     tables: dict[str, Table] = {}
@@ -149,8 +177,10 @@ def _print_growth(rows: list[Any]) -> None:
             peak,
             f"{numbers['r2_median']:.3f}" if "r2_median" in numbers else "",
         )
-    for table in tables.values():
+    shown = list(tables.values()) if patterns else list(tables.values())[:_FEW]
+    for table in shown:
         out.print(table)
+    _more(len(tables) - len(shown), "metrics with growth curves")
 
 
 def print_predicted(summary: Any) -> None:
@@ -211,9 +241,88 @@ def print_states(summary: Any) -> None:
     """The states of every run and where they change."""
     how = "fitted" if summary.computed else "the stored model is of the same data and settings"
     out.print(f"{summary.k} states ({how}).")
+    if summary.refits:
+        out.print(
+            f"In brackets: 5th to 95th percentile of the step over {summary.refits} refits to resampled runs."
+        )
+    else:
+        out.print("No bootstrap intervals: they need two training runs and refits that keep all states.")
     for run, changes in summary.boundaries.items():
-        path = ", ".join(f"{left} -> {right} at step {step:,}" for step, left, right in changes)
-        out.print(f"  {run}: {path or 'no change of state'}")
+        by_refits = summary.spreads.get(run) or [None] * len(changes)
+        path = ", ".join(
+            f"{left} -> {right} at step {step:,}{_spread(found, summary.refits)}"
+            for (step, left, right), found in zip(changes, by_refits, strict=True)
+        )
+        out.print(f"  {run}: {path or 'no change of state'}", markup=False, soft_wrap=True)
+
+
+def _spread(found: tuple[int | None, int | None, int] | None, refits: int) -> str:
+    """The steps at which refits have a change of state, and how many have it if not all."""
+    if found is None:
+        return ""
+    low, high, count = found
+    if low is None or high is None:
+        return " [in no refit]"
+    where = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return f" [{where}]" if count == refits else f" [{where} in {count} of {refits}]"
+
+
+_FLAGS = {
+    "new": "new: no state explains it",
+    "unexpected": "unexpected: a state explains it, the checkpoints before it do not",
+}
+
+
+def print_decoded(summary: Any) -> None:
+    """The newest checkpoint of every run, then what is flagged among the checkpoints decoded just now."""
+    out.print(
+        f"Model {summary['model'][:8]} of series {summary['model_series']} ({summary['k']} states): "
+        f"{summary['decoded']} checkpoints decoded now.",
+        markup=False,
+    )
+    table = Table(
+        "run", "step", "state", "posterior", "surprise (nats)", "percentile", title="newest checkpoints"
+    )
+    for row in summary["runs"]:
+        rank = "unknown" if row["percentile"] is None else f"{row['percentile']:.1f} of {row['compared']}"
+        table.add_row(
+            escape(row["run"]),
+            f"{row['step']:,}",
+            str(row["state"]),
+            f"{row['posterior']:.3f}",
+            f"{row['surprise']:.2f}",
+            rank,
+        )
+    if summary["runs"]:
+        out.print(table)
+    for row in summary["runs"]:
+        for flag in row["flags"]:
+            out.print(
+                f"{row['run']}, step {row['step']:,}: {_FLAGS[flag]} ({_parts(row)}).",
+                markup=False,
+                soft_wrap=True,
+            )
+    newest = {(row["run"], row["step"]) for row in summary["runs"]}
+    earlier = [each for each in summary["flagged"] if (each["run"], each["step"]) not in newest]
+    if earlier:
+        shown = ", ".join(f"{e['run']} step {e['step']:,} ({', '.join(e['flags'])})" for e in earlier[:_FEW])
+        more = f" and {len(earlier) - _FEW} more: table online_states" if len(earlier) > _FEW else ""
+        out.print(f"Flagged before the newest: {shown}{more}.", markup=False, soft_wrap=True)
+    if summary["absent"]:
+        out.print(f"Not in the series: {', '.join(summary['absent'])}.", markup=False, soft_wrap=True)
+    for note in summary["notes"]:
+        out.print(f"{note[:1].upper()}{note[1:]}.", markup=False, soft_wrap=True)
+
+
+def _parts(row: Any) -> str:
+    """The metrics farthest from the state, with their values."""
+    found = []
+    for part in row["parts"][:3]:
+        values = "" if part["value"] is None else f" is {part['value']:.4g}"
+        if part["mean"] is not None:
+            values += f", the state's mean {part['mean']:.4g}"
+        found.append(f"{part['metric']}{values}, z = {part['z']:+.1f}")
+    return "; ".join(found)
 
 
 def print_beside(store: Any, series: str) -> None:

@@ -21,6 +21,8 @@ class StatesSummary(BaseModel):
     model: str
     compared: bool
     boundaries: dict[str, list[tuple[int, int, int]]]
+    spreads: dict[str, list[tuple[int | None, int | None, int]]]
+    refits: int | None
     remark: str | None = None
 
 
@@ -36,6 +38,25 @@ def boundaries(store: Store, series: str) -> dict[str, list[tuple[int, int, int]
             for step, left, state in zip(moved["step"], before[moved.index], moved["state"], strict=True)
         ]
     return found
+
+
+def spreads(
+    store: Store, series: str, found: dict[str, list[tuple[int, int, int]]]
+) -> dict[str, list[tuple[int | None, int | None, int]]]:
+    """Per run and change of ``found``: low, high and number of the refits to resampled runs that have it.
+
+    Empty where the newest model has no refits.
+    """
+    rows = {
+        (row["run"], row["step"]): (row["bootstrap_low"], row["bootstrap_high"], row["bootstrap_refits"])
+        for row in store.table("boundaries", series).to_pylist()
+        if row["bootstrap_refits"] is not None
+    }
+    return {
+        run: [rows[run, step] for step, _, _ in changes]
+        for run, changes in found.items()
+        if all((run, step) in rows for step, _, _ in changes)
+    }
 
 
 @flow(name="states", flow_run_name="states {config.name}")
@@ -66,9 +87,12 @@ def fit_states_of(config: SeriesConfig | StoredConfig, root: str = default_root(
         done: dict[str, Any] = fit_series_states(job)
         counts["models_computed"] = int(done["computed"])
     models = [row for row in store.table("state_models", config.name).to_pylist() if row["chosen"]]
+    found = boundaries(store, config.name)
     return StatesSummary(
         k=models[0]["k"],
-        boundaries=boundaries(store, config.name),
+        boundaries=found,
+        spreads=spreads(store, config.name, found),
+        refits=models[0]["bootstrap_refits"],
         model=done["model"],
         computed=done["computed"],
         compared=done["compared"],

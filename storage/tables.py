@@ -60,6 +60,7 @@ _MAP = pa.struct(
     [("edges", _I32), ("forks", _I32), ("returning", _I32), ("usual", _I32), ("linear", pa.bool_())]
 )
 _AT = pa.timestamp("us", tz="UTC")
+_PARTS = pa.list_(pa.struct([("metric", _STR), ("z", _F64), ("value", _F64), ("mean", _F64)]))
 _STEP = ("step", _I64, "optimizer steps taken when the checkpoint was saved")
 _TOKENS = ("tokens", _I64, "training tokens seen; null where unknown")
 _RECORDED = ("recorded_at", _AT, "when the row was written (UTC)")
@@ -233,6 +234,8 @@ _SPECS = (
             ("train_runs", pa.list_(_STR), "runs the parameters were fitted on"),
             ("heldout_runs", pa.list_(_STR), "runs the parameters never saw"),
             ("parameters", _STR, "JSON: start, transition, means, covariances, scaler, settings, notes"),
+            ("grid", _STR, "grid of steps of the frames (docs/states.md); null in rows of earlier versions"),
+            ("grid_steps", pa.list_(_I64), "steps of all frames of all runs of the fit, ascending"),
             _RECORDED,
         ),
         newest_of="model",
@@ -292,6 +295,18 @@ _SPECS = (
                 "high",
                 _I64,
                 "first step of the stay after with a smoothed posterior of `to` above .9; null if none has",
+            ),
+            (
+                "bootstrap_low",
+                _I64,
+                "5th percentile of `step` over the refits to resampled runs that have this change; null if "
+                "none has",
+            ),
+            ("bootstrap_high", _I64, "95th percentile of it"),
+            (
+                "bootstrap_refits",
+                _I32,
+                "refits that have this change, of those in state_models; null with one training run",
             ),
             ("dwell_checkpoints", _I64, "checkpoints of the stay that ends here"),
             ("dwell_steps", _I64, "steps from the first checkpoint of that stay to `step`"),
@@ -407,6 +422,52 @@ _SPECS = (
         ),
         newest_of="comparison",
         per="series",
+    ),
+    TableSpec(
+        "training_frames",
+        "one row per frame with a value that a model was fitted to: what online use compares with",
+        _schema(
+            _MODEL,
+            _STEP,
+            (
+                "values",
+                pa.list_(_F64),
+                "scaled values in the order of `metrics` of state_models; null: missing",
+            ),
+            ("log_predicted", pa.list_(_F64), "ln of the probability of every state before the frame"),
+            _RECORDED,
+        ),
+        newest_of="model",
+        per="series",
+    ),
+    TableSpec(
+        "online_states",
+        "one row per checkpoint and model that decoded it without looking ahead (docs/decode.md)",
+        _schema(
+            _MODEL,
+            ("model_series", _STR, "series the model was fitted to"),
+            _STEP,
+            _TOKENS,
+            ("fitted", pa.bool_(), "true where the model was fitted to this very checkpoint"),
+            ("state", _I32, "most probable state by the filter"),
+            ("posterior", _F64, "filtering probability of that state"),
+            ("surprise", _F64, "-ln p(x_t given x_1..t-1) in nats, of the metrics it has; may be negative"),
+            ("misfit", _F64, "smallest -ln p(x_t given a state) in nats over the states"),
+            (
+                "percentile",
+                _F64,
+                "training frames with at most that surprise, of the same metrics, in per cent; null "
+                "without any",
+            ),
+            ("compared", _I64, "training frames that have all metrics of this checkpoint"),
+            ("flags", pa.list_(_STR), "new: no state explains it; unexpected: a state does, the past not"),
+            ("parts", _PARTS, "farthest metrics: deviations z from the state, value and the state's mean"),
+            ("missing", pa.list_(_STR), "metrics of the model without a value here"),
+            ("log_posterior", pa.list_(_F64), "ln of the filtering probability of every state"),
+            ("inputs", _STR, "digest of this frame and all before it: a changed past is decoded again"),
+            _RECORDED,
+        ),
+        newest_by=("series", "run", "model", "step"),
     ),
     TableSpec(
         "outcomes",

@@ -7,22 +7,25 @@ import numpy as np
 import pandas as pd
 
 from analyzers.latent import StateFit
+from analyzers.latent.bootstrap import Spread, spread
 from analyzers.latent.drivers import Driver, drivers, natural_means
-from analyzers.latent.training_map import Boundary, boundaries, dwell, dwell_tokens
+from analyzers.latent.hmm import log_predicted
+from analyzers.latent.training_map import Boundary, Change, boundaries, changes, dwell, dwell_tokens, stays
 from storage.store import Store
 
 Tokens = Mapping[tuple[str, int], int | None]
 
 
 def store_map(store: Store, series: str, model: str, fit: StateFit, metrics: pd.DataFrame) -> None:
-    """Write the tables transitions, boundaries, state_means and drivers; ``metrics`` knows the tokens."""
+    """Write the tables of the map and what online use compares with; ``metrics`` knows the tokens."""
     tokens = tokens_of(metrics)
     found = seen_boundaries(fit)
     tables = {
         "transitions": edge_rows(fit, model, found, tokens),
-        "boundaries": boundary_rows(model, found, tokens),
+        "boundaries": boundary_rows(model, found, spreads(fit, found), tokens),
         "state_means": mean_rows(fit, model),
         "drivers": driver_rows(fit, model),
+        "training_frames": training_rows(fit, model),
     }
     for table, rows in tables.items():
         store.write(table, list(rows), series=series, name=model)
@@ -45,6 +48,19 @@ def seen_boundaries(fit: StateFit) -> list[Boundary]:
     return found
 
 
+def spreads(fit: StateFit, found: list[Boundary]) -> list[Spread | None]:
+    """Where the refits to resampled runs put each of the changes; None without refits."""
+    by_run: dict[str, tuple[np.ndarray, list[list[Change]]]] = {}
+    for index, run in enumerate(fit.runs):
+        steps = run.steps[run.seen]
+        walks = [stays(steps.tolist(), paths[index][run.seen].tolist()) for paths in fit.refit_paths]
+        each = [[c for edge in changes({run.run: walk}).values() for c in edge] for walk in walks]
+        by_run[run.run] = steps, each
+    if not fit.refit_paths:
+        return [None] * len(found)
+    return [spread(b.change, *by_run[b.change.run]) for b in found]
+
+
 def edge_rows(fit: StateFit, model: str, found: list[Boundary], tokens: Tokens) -> Iterator[dict[str, Any]]:
     """Rows of the table transitions."""
     for row in fit.transition_rows(model):
@@ -58,9 +74,11 @@ def edge_rows(fit: StateFit, model: str, found: list[Boundary], tokens: Tokens) 
         }
 
 
-def boundary_rows(model: str, found: list[Boundary], tokens: Tokens) -> Iterator[dict[str, Any]]:
+def boundary_rows(
+    model: str, found: list[Boundary], spreads: list[Spread | None], tokens: Tokens
+) -> Iterator[dict[str, Any]]:
     """Rows of the table boundaries."""
-    for b in found:
+    for b, by_refits in zip(found, spreads, strict=True):
         yield {
             "run": b.change.run,
             "model": model,
@@ -71,6 +89,9 @@ def boundary_rows(model: str, found: list[Boundary], tokens: Tokens) -> Iterator
             "tokens": tokens.get((b.change.run, b.change.step)),
             "low": b.low,
             "high": b.high,
+            "bootstrap_low": None if by_refits is None else by_refits.low,
+            "bootstrap_high": None if by_refits is None else by_refits.high,
+            "bootstrap_refits": None if by_refits is None else by_refits.refits,
             "dwell_checkpoints": b.change.stay.checkpoints,
             "dwell_steps": b.change.dwell_steps,
             "dwell_tokens": dwell_tokens(b.change, tokens),
@@ -135,6 +156,22 @@ def _driver(each: Driver, model: str, score: float | None) -> dict[str, Any]:
         "shift": each.shift,
         "shift_scaled": each.shift_scaled,
     }
+
+
+def training_rows(fit: StateFit, model: str) -> Iterator[dict[str, Any]]:
+    """Rows of the table training_frames."""
+    scaled, steps = fit.scaled(), dict(zip(fit.trajectories.runs, fit.trajectories.steps, strict=True))
+    predicted = log_predicted(fit.parameters, [scaled[run] for run in fit.train_runs])
+    for run, expected in zip(fit.train_runs, predicted, strict=True):
+        for step, frame, before in zip(steps[run], scaled[run], expected, strict=True):
+            if not np.isnan(frame).all():
+                yield {
+                    "run": run,
+                    "model": model,
+                    "step": int(step),
+                    "values": [number(value) for value in frame],
+                    "log_predicted": before.tolist(),
+                }
 
 
 def number(value: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -14,6 +15,9 @@ from storage.store import Store
 from tasks.comparison import BESIDE, store_comparison
 from tasks.drivers import store_map
 from tasks.trajectories import select_trajectories, stored_metrics, transforms_of
+
+# Part of the identity of a fit: raised when more is stored with it, or other numbers.
+VERSION = 2
 
 
 class StatesJob(BaseModel):
@@ -42,10 +46,12 @@ def fit_series(job: StatesJob) -> dict[str, Any]:
     store = Store(job.root)
     metrics = stored_metrics(store, job.series)
     chosen = select_trajectories(metrics, job.trajectories)
+    ordered = chosen.sort_values(["run", "step", "name"]).astype(object)  # however the rows came in
     identity = digest(
         {
+            "version": VERSION,
             "job": job.model_dump(mode="json", exclude={"root": True, "fit": set(BESIDE)}),
-            "data": digest([[*row] for row in chosen.astype(object).where(chosen.notna(), None).to_numpy()]),
+            "data": digest([[*row] for row in ordered.where(ordered.notna(), None).to_numpy()]),
         }
     )
     newest = store.table("state_models", job.series).to_pylist()
@@ -59,12 +65,13 @@ def fit_series(job: StatesJob) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"states of series {job.series!r}: {error}") from None
     if fit is not None:
-        _store_fit(store, job.series, identity, fit, metrics)
+        _store_fit(store, job, identity, fit, metrics)
     compared = store_comparison(store, job.series, identity, trajectories, job.fit)
     return {"model": identity, "computed": not known, "compared": compared}
 
 
-def _store_fit(store: Store, series: str, identity: str, fit: StateFit, metrics: pd.DataFrame) -> None:
+def _store_fit(store: Store, job: StatesJob, identity: str, fit: StateFit, metrics: pd.DataFrame) -> None:
+    series = job.series
     tokens = {(r.run, r.step): r.tokens for r in metrics[["run", "step", "tokens"]].itertuples(index=False)}
     rows = [
         {**row, "tokens": _whole(tokens.get((row["run"], row["step"])))} for row in fit.state_rows(identity)
@@ -74,7 +81,9 @@ def _store_fit(store: Store, series: str, identity: str, fit: StateFit, metrics:
         store.write("states", mine, series=series, run=run, name=identity)
     store_map(store, series, identity, fit, metrics)
     # Last: its file says that the fit is complete.
-    store.write("state_models", list(fit.state_model_rows(identity)), series=series, name=identity)
+    known = {"grid": job.grid, "grid_steps": np.unique(np.concatenate(fit.trajectories.steps)).tolist()}
+    models = [{**row, **known} for row in fit.state_model_rows(identity)]
+    store.write("state_models", models, series=series, name=identity)
 
 
 def _whole(value: Any) -> int | None:

@@ -18,6 +18,8 @@ _NAME = re.compile(
     r"(?:\.(?P<layer>\d+|last|mean|min|max|\*))?(?:\.(?P<head>\d+|last|mean|min|max|\*))?\])?"
 )
 _PATTERN = set("*?")
+# Metrics that an error names; an imported series may have hundreds.
+KNOWN = 20
 PLACE = ["metric", "site", "layer", "head"]
 _REDUCED = ("mean", "min", "max")
 
@@ -88,9 +90,11 @@ def rows_at(metrics: pd.DataFrame, name: str) -> pd.DataFrame:
     parts = _parts(name)
     here = metrics[_fits(metrics["metric"], parts.metric)]
     if here.empty:
-        known = ", ".join(sorted(set(metrics["metric"])))
+        known = sorted(set(metrics["metric"]))
+        more = f" and {len(known) - KNOWN} more" if len(known) > KNOWN else ""
         raise UsageError(
-            f"trajectory {name!r}: metric {parts.metric!r} is not in the store (it holds {known})"
+            f"trajectory {name!r}: metric {parts.metric!r} is not in the store "
+            f"(it holds {', '.join(known[:KNOWN])}{more})"
         )
     here = here[here["site"].isna() if parts.site is None else _fits(here["site"], parts.site)]
     for column, part in (("layer", parts.layer), ("head", parts.head)):

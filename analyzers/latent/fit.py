@@ -10,6 +10,7 @@ import numpy as np
 from hmmlearn.hmm import GaussianHMM
 from jaxtyping import Bool, Float, Int
 
+from analyzers.latent.bootstrap import matched_paths
 from analyzers.latent.hmm import decode, decode_runs
 from analyzers.latent.parameters import Parameters, relabelled_by_time
 from analyzers.latent.selection import AGREEMENT, Candidate, candidate, choose, seen_frames
@@ -64,6 +65,8 @@ class StateFit:
         parameters: the model of the chosen K, fitted on the training runs, relabelled.
         runs: states of every run, training and held-out.
         transitions: the edges of the map, sorted.
+        refit_paths: per refit to resampled training runs that kept all states, the path of every run, with
+            the states named as in ``parameters``.
         notes: sentences a reader of the map must know, the dropped data among them.
     """
 
@@ -77,6 +80,7 @@ class StateFit:
     parameters: Parameters
     runs: tuple[RunStates, ...]
     transitions: tuple[Edge, ...]
+    refit_paths: tuple[tuple[Int[np.ndarray, "_frames"], ...], ...]
     notes: tuple[str, ...]
 
     def boundaries(self) -> dict[str, list[tuple[int, int, int]]]:
@@ -188,9 +192,11 @@ def fit_states(trajectories: Trajectories, settings: StateSettings | None = None
     scaled = dict(zip(trajectories.runs, map(scaler.apply, trajectories.values), strict=True))
     if not heldout:
         notes.append(
-            "one run only: no held-out run, K was chosen on the run itself, and nothing says whether "
-            "another run has these states"
+            "one run only: no held-out run, K was chosen on the run itself, nothing says whether another "
+            "run has these states, and no boundary has a bootstrap interval"
         )
+    elif len(train) == 1 and settings.bootstraps:
+        notes.append("one training run only: it cannot be resampled, so no boundary has a bootstrap interval")
     if settings.scale == "per-run":
         notes.append(
             "scale is per-run: each frame is scaled with frames that come after it (this looks ahead), and "
@@ -226,6 +232,7 @@ def fit_states(trajectories: Trajectories, settings: StateSettings | None = None
         parameters=parameters,
         runs=runs,
         transitions=_edges(runs, parameters),
+        refit_paths=_refit_paths(chosen, list(scaled.values()), runs),
         notes=tuple(notes),
     )
 
@@ -340,6 +347,13 @@ def _relabelled(
         return each
     paths = [run.path for run in decode_runs(each.parameters, runs)]
     return replace(each, parameters=relabelled_by_time(each.parameters, paths, times)[0])
+
+
+def _refit_paths(
+    chosen: Candidate, scaled: Sequence[Float[np.ndarray, "_frames metrics"]], runs: Sequence[RunStates]
+) -> tuple[tuple[Int[np.ndarray, "_frames"], ...], ...]:
+    paths, seen = [run.state for run in runs], np.concatenate([run.seen for run in runs])
+    return tuple(tuple(matched_paths(refit, scaled, paths, seen)) for refit in chosen.refits)
 
 
 def _edges(runs: Sequence[RunStates], parameters: Parameters) -> tuple[Edge, ...]:

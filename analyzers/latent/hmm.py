@@ -57,6 +57,19 @@ def filter_runs(
     return filtered
 
 
+def log_predicted(
+    parameters: Parameters, runs: Sequence[Float[np.ndarray, "_frames metrics"]]
+) -> list[Float[np.ndarray, "_frames k"]]:
+    """ln p(s_t = k | x_1:t-1) of every run: what the filter expects before it sees a frame."""
+    packing, density, start, transition = _prepared(parameters, runs)
+    found = []
+    for joint in packing.unpack(log_forward(density, start, transition, packing)):
+        past = joint[:-1] - logsumexp(joint[:-1])[:, None]
+        later = logsumexp(log(parameters.transition).T + past[:, None, :])
+        found.append(np.concatenate([log(parameters.start)[None], later]))
+    return found
+
+
 def smooth_runs(
     parameters: Parameters, runs: Sequence[Float[np.ndarray, "_frames metrics"]]
 ) -> list[Float[np.ndarray, "_frames k"]]:

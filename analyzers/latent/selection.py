@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from sklearn.metrics import adjusted_rand_score
 
-from analyzers.latent.em import Prior, baum_welch
+from analyzers.latent.bootstrap import Runs, agreement, prior_of, refit_resampled
 from analyzers.latent.hmm import decode_runs, score
 from analyzers.latent.parameters import Parameters
 from analyzers.latent.restarts import Restart, fit_restarts
 from analyzers.latent.settings import Rule, StateSettings
-
-Runs = Sequence[Float[np.ndarray, "_frames metrics"]]
 
 # Below this adjusted Rand index the best restarts tell different stories.
 AGREEMENT = 0.9
@@ -45,7 +43,8 @@ class Candidate:
             tenth of the restarts (three at least), in [-0.5, 1]; None with fewer than two restarts.
         bootstrap_ari: mean adjusted Rand index between the paths of the best restart and of its refits to
             resampled training runs, on the training runs; None with a single training run or when all failed.
-        bootstrap_refits: number of refits that did not fail.
+        bootstrap_refits: number of refits that did not fail; None where none was asked for or can be.
+        refits: the refits that did not fail, their states in the order of the fit before it was relabelled.
         failures: one sentence per failed restart.
         converged: whether the best restart ended before the iterations ran out.
         parameters: the best restart, relabelled.
@@ -61,6 +60,7 @@ class Candidate:
     ari: float | None = None
     bootstrap_ari: float | None = None
     bootstrap_refits: int | None = None
+    refits: tuple[Parameters, ...] = ()
     failures: tuple[str, ...] = ()
     converged: bool | None = None
     parameters: Parameters | None = None
@@ -87,7 +87,8 @@ def candidate(k: int, train: Runs, heldout: Runs, settings: StateSettings) -> Ca
     decoded = decode_runs(best.parameters, train)
     path, seen = np.concatenate([each.path for each in decoded]), seen_frames(train)
     penalty = best.parameters.free * math.log(seen.sum())
-    again, refits = bootstrap(best.parameters, train, path, settings)
+    asked = settings.bootstraps > 0 and len(train) > 1
+    refits = refit_resampled(best.parameters, train, settings)
     return Candidate(
         k=k,
         loglik=best.loglik,
@@ -97,8 +98,9 @@ def candidate(k: int, train: Runs, heldout: Runs, settings: StateSettings) -> Ca
         heldout=_heldout_bic(best.parameters, heldout),
         heldout_loglik=heldout_loglik(k, [*train, *heldout], settings),
         ari=_agreement(done, settings.restarts, train, seen),
-        bootstrap_ari=again,
-        bootstrap_refits=refits,
+        bootstrap_ari=agreement(refits, train, path, seen),
+        bootstrap_refits=len(refits) if asked else None,
+        refits=tuple(refits),
         failures=tuple(failures),
         converged=best.converged,
         parameters=best.parameters,
@@ -132,37 +134,6 @@ def heldout_loglik(k: int, runs: Runs, settings: StateSettings) -> float | None:
             return None
         total += score(done[0].parameters, [runs[i] for i in fold])
     return total
-
-
-def bootstrap(
-    parameters: Parameters, train: Runs, path: Int[np.ndarray, "frames"], settings: StateSettings
-) -> tuple[float | None, int | None]:
-    """Mean adjusted Rand index between ``path`` and the paths of refits, and the number of refits that held.
-
-    A refit starts from ``parameters`` and is fitted to as many runs as ``train`` has, drawn from it with
-    replacement; then it decodes ``train``. A refit in which a state dies out has failed and counts in neither
-    number: where many do, the states rest on single runs.
-    """
-    if len(train) < 2 or not settings.bootstraps:
-        return None, None
-    seen, found = seen_frames(train), []
-    for resample in range(settings.bootstraps):
-        drawn = np.random.default_rng([settings.seed, resample]).integers(len(train), size=len(train))
-        try:
-            (refit,) = baum_welch(
-                [train[i] for i in drawn],
-                [parameters],
-                prior=_prior(settings),
-                iterations=settings.max_iterations,
-                tolerance=settings.tolerance,
-            )
-        except ValueError:
-            # The drawn runs lack a metric altogether.
-            continue
-        if refit.parameters is not None:
-            other = np.concatenate([each.path for each in decode_runs(refit.parameters, train)])
-            found.append(float(adjusted_rand_score(path[seen], other[seen])))
-    return (float(np.mean(found)) if found else None), len(found)
 
 
 def choose(candidates: Sequence[Candidate], settings: StateSettings, *, one_run: bool) -> Choice:
@@ -250,10 +221,6 @@ def _number(value: float | None) -> float:
     return math.inf if value is None or math.isnan(value) else value
 
 
-def _prior(settings: StateSettings) -> Prior:
-    return Prior(floor=settings.covariance_floor, probability_floor=settings.probability_floor)
-
-
 def fit_k(runs: Runs, k: int, restarts: int, settings: StateSettings) -> tuple[list[Restart], list[str]]:
     """:func:`analyzers.latent.restarts.fit_restarts` with the model, priors and seed of the settings."""
     return fit_restarts(
@@ -263,7 +230,7 @@ def fit_k(runs: Runs, k: int, restarts: int, settings: StateSettings) -> tuple[l
         seed=settings.seed,
         covariance=settings.covariance,
         topology=settings.topology,
-        prior=_prior(settings),
+        prior=prior_of(settings),
         iterations=settings.max_iterations,
         tolerance=settings.tolerance,
     )

@@ -80,6 +80,7 @@ class ReportData:
     models: list[Row]
     transitions: list[Row]
     boundaries: list[Row]
+    state_means: list[Row]
     drivers: list[Row]
     outcomes: list[Row]
     nulls: list[Row]
@@ -91,6 +92,11 @@ class ReportData:
     def chosen(self) -> Row | None:
         """The state model whose states are shown, None before the first fit."""
         return next((row for row in self.models if row["chosen"]), None)
+
+    @property
+    def refits(self) -> int:
+        """Refits of the chosen model to resampled runs that kept all states; 0 where there is none."""
+        return int((self.chosen or {}).get("bootstrap_refits") or 0)
 
     @property
     def measured_checkpoints(self) -> set[tuple[str, int]]:
@@ -149,6 +155,7 @@ def collect(store: Store, series: str) -> ReportData:
         models=models,
         transitions=sorted(of_model("transitions"), key=lambda row: (row["from"], row["to"])),
         boundaries=sorted(of_model("boundaries"), key=lambda row: (row["run"], row["step"])),
+        state_means=of_model("state_means"),
         drivers=sorted(
             of_model("drivers"), key=lambda row: (row["from"], row["to"], row["run"] or "", row["rank"] or 0)
         ),

@@ -143,7 +143,11 @@ def caveats(chosen: Row) -> list[str]:
 
 @dataclass(frozen=True)
 class StateRow:
-    """One state over all runs: where it is seen and the mean of each trajectory that entered the fit."""
+    """One state over all runs: where it is seen and the mean of each trajectory that entered the fit.
+
+    ``means`` are over its checkpoints, ``frames`` says over how many of them; ``model`` holds the means of
+    the fitted Gaussian in the same unit, None where the model has none (runs scaled by themselves).
+    """
 
     state: int
     checkpoints: int
@@ -151,10 +155,12 @@ class StateRow:
     last: int
     runs: list[str]
     means: dict[str, float | None]
+    model: dict[str, float | None]
+    frames: dict[str, int]
 
 
 def state_rows(data: ReportData) -> list[StateRow]:
-    """All states seen, with means over their checkpoints in the metrics' own units."""
+    """All states seen, with means in the metrics' own units."""
     chosen = data.chosen
     if chosen is None:
         return []
@@ -165,9 +171,11 @@ def state_rows(data: ReportData) -> list[StateRow]:
         for i, state in enumerate(run.states):
             if state is not None:
                 at.setdefault(state, []).append((r, i))
+    fitted = {(row["state"], row["metric"]): row["mean"] for row in data.state_means}
     rows = []
     for state, places in sorted(at.items()):
         means: dict[str, float | None] = {}
+        frames: dict[str, int] = {}
         for name in wanted:
             per_run = trajectories[name].values if name in trajectories else []
             values = [
@@ -176,7 +184,9 @@ def state_rows(data: ReportData) -> list[StateRow]:
                 if r < len(per_run) and (line := per_run[r]) is not None and (value := line[i]) is not None
             ]
             means[name] = sum(values) / len(values) if values else None
+            frames[name] = len(values)
         steps = [data.runs[r].steps[i] for r, i in places]
         runs = sorted({data.runs[r].name for r, _ in places})
-        rows.append(StateRow(state, len(places), min(steps), max(steps), runs, means))
+        model = {name: fitted.get((state, name)) for name in wanted}
+        rows.append(StateRow(state, len(places), min(steps), max(steps), runs, means, model, frames))
     return rows

@@ -17,7 +17,7 @@ _LABEL = 34
 
 @dataclass(frozen=True)
 class Card:
-    """One state as a box: ``lines`` are (name, value) of its mean metrics."""
+    """One state as a box: ``lines`` are (name, means) of its metrics."""
 
     state: int
     x: float
@@ -96,7 +96,7 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
             colors[row.state],
             ink_on(colors[row.state]),
             f"steps {number(row.first)} to {number(row.last)}" if wide else "",
-            [(_shorten(name, 30), number(row.means[name])) for name in names],
+            [(_shorten(name, 30), _both(row, name)) for name in names],
         )
         for row in rows
     ]
@@ -122,6 +122,17 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
         )
     total = len(rows) * width + max(len(rows) - 1, 0) * gap + 2
     return TrainingMap(total, top + height + bottom, cards, arrows)
+
+
+def _both(row: StateRow, name: str) -> str:
+    """The observed mean with its number of checkpoints, and the model's."""
+    observed = f"{_brief(row.means[name])} ({row.frames[name]})"
+    return f"{observed} · {_brief(row.model[name])}" if row.model[name] is not None else observed
+
+
+def _brief(value: float | None) -> str:
+    """A number short enough for half a card."""
+    return number(value if value is None else float(f"{value:.3g}"))
 
 
 def _reach(span: int) -> int:

@@ -173,11 +173,22 @@ def test_twonn_compares_equal_numbers() -> None:
 
 def test_both_sides_of_the_hmm_benchmark_compute_the_same_likelihoods() -> None:
     shape = hmm.Shape(runs=4, frames=30, metrics=3, states=2, restarts=3, iterations=4)
-    lines = list(hmm.run(shape, repeats=1))
+    lines = list(hmm.run(shape, repeats=1, k_max=2))
     assert [line.name for line in lines] == [
         *(f"hmm.diag.k{k}" for k in (2, 4, 6, 8, 12)),
         *(f"hmm.full.k{k}" for k in (2, 6, 12)),
+        "hmm.selection",
+        "hmm.selection.whole",
     ]
+    restarts, whole = lines[-2:]
+    # What hmmlearn was not let do is scaled up by iterations, and how much of it was measured is said.
+    assert 0 < whole.notes["share_of_against_measured"] < 1
+    # The folds and the refits are work for both sides.
+    assert whole.seconds["against"].median > restarts.seconds["against"].median
+    ours, against = restarts.seconds["ours"], restarts.seconds["against"]
+    assert restarts.ratio == pytest.approx(ours.median / against.median)
+    # In the table and among the shapes.
+    assert render(lines).count("hmm.selection.whole") == 2
     for line in lines[:3]:
         assert set(line.record()) == KEYS
         assert line.notes["iterations_compared"] == 4

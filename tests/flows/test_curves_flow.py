@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from flow_support import TINY, Cli
 
+from flows.curves import CurveRow, CurvesSummary
+from flows.printing import print_curves
 from storage import Store, open_root
 
 
@@ -34,6 +36,41 @@ def test_curves_prints_every_run_and_stores_its_rows(measured: Path, tiny_series
     assert "are of the same data and settings" in call()
     last = open_root(measured).table("provenance").to_pylist()[-1]
     assert (last["command"], json.loads(last["counts"])) == ("curves", {"curves_computed": 0})
+
+
+def test_what_is_printed_can_be_chosen(measured: Path, tiny_series: Path, cli: Cli) -> None:
+    def call(pattern: str) -> str:
+        done = cli("curves", f"dir:{tiny_series}", "--root", str(measured), "--metric", pattern)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    one = call("rankme_cov[final_norm]")
+    assert "rankme_cov[final_norm]" in one
+    assert "resid_post.1" not in one
+    both = call("rankme_*")
+    assert "rankme_cov[final_norm]" in both
+    assert "rankme_cov[resid_post.1]" in both
+    assert "No stored curve is of loss*." in call("loss*")
+
+
+def test_of_many_trajectories_the_first_ten_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        CurveRow(trajectory=f"metric{i:02}", run=None, shape=None, parameters={}, intervals={}, note=None)
+        for i in range(13)
+    ]
+    skipped = [f"reason {i:02}" for i in range(11)]
+    summary = CurvesSummary(
+        computed=True, rows=rows, growth=rows, skipped=skipped, growth_skipped=[], heads=[], heads_skipped=[]
+    )
+    print_curves(summary)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("metric09") == 2
+    assert "metric10" not in printed
+    assert "And 3 more trajectories: table curves, or --metric PATTERN." in printed
+    assert "And 3 more metrics with growth curves" in printed
+    assert "And 1 more without phases" in printed
+    print_curves(summary, ("metric*",))
+    assert "metric12" in capsys.readouterr().out
 
 
 def test_bad_settings_are_one_sentence(measured: Path, tiny_series: Path, cli: Cli) -> None:

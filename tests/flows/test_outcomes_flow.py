@@ -95,6 +95,29 @@ def test_states_have_their_means_in_the_metrics_own_units(fitted: tuple[Path, st
             assert row["low"] < row["mean"] < row["high"]
 
 
+def test_the_report_shows_the_models_mean_beside_the_observed_one(fitted: tuple[Path, str], cli: Cli) -> None:
+    root, _ = fitted
+    done = cli("report", "planted", "--root", str(root))
+    assert done.returncode == 0, done.stderr
+    page = (root / "reports" / "planted.html").read_text(encoding="utf-8")
+    store = open_root(root)
+    states = store.table("states", "planted").to_pandas()
+    means = store.table("state_means", "planted").to_pandas().set_index(["state", "metric"])["mean"]
+    values = store.table("metrics", "planted").wide(metrics=["loss"]).merge(states, on=["run", "step"])
+    for state, part in values.groupby("state"):
+        observed, model = float(f"{part['loss'].mean():.3g}"), float(f"{means[state, 'loss']:.3g}")
+        assert f"{observed:g} ({len(part)}) · {model:g}" in page
+    assert "Model's mean loss" in page.replace("&#39;", "'")
+
+
+def test_boundaries_are_printed_with_their_bootstrap(fitted: tuple[Path, str]) -> None:
+    root, printed = fitted
+    row = open_root(root).table("boundaries", "planted").to_pylist()[0]
+    assert row["bootstrap_low"] == row["bootstrap_high"] == row["step"]
+    assert f"{row['from']} -> {row['to']} at step {row['step']:,} [{row['step']:,}" in printed
+    assert "refits to resampled runs" in " ".join(printed.split())
+
+
 def test_transitions_and_boundaries_are_the_planted_ones(fitted: tuple[Path, str]) -> None:
     root, _ = fitted
     number = number_of(root)

@@ -86,6 +86,25 @@ def test_a_mixture_with_gaps_is_fitted_and_its_numbers_are_stored(store: Store) 
     assert (states["tokens"] == 100 * states["step"]).all()
 
 
+def test_boundaries_have_the_interval_of_the_refits(store: Store) -> None:
+    """The planted change is sharp: every refit to resampled runs puts it at one checkpoint."""
+    fit_series(_job(store))
+    rows = store.table("boundaries", "s").to_pylist()
+    assert len(rows) == 3
+    for row in rows:
+        assert (row["step"], row["bootstrap_low"], row["bootstrap_high"]) == (row["step"],) * 3
+        assert row["bootstrap_refits"] == FIT.bootstraps
+    alone = Store(Path(store.root) / "alone")
+    for step in STEPS:
+        alone.write("metrics", _rows(0, step), series="s", run="seed0", name=f"step{step}")
+    fit_series(_job(alone))
+    (row,) = alone.table("boundaries", "s").to_pylist()
+    assert row["step"] == 150
+    assert [row[f"bootstrap_{name}"] for name in ("low", "high", "refits")] == [None] * 3
+    model = next(each for each in alone.table("state_models", "s").to_pylist() if each["chosen"])
+    assert "no boundary has a bootstrap interval" in " ".join(json.loads(model["parameters"])["notes"])
+
+
 def test_the_settings_of_the_job_are_part_of_its_identity(store: Store) -> None:
     first = fit_series(_job(store))["model"]
     for change in ({"grid": "own"}, {"min_share": 0.9}, {"fit": FIT.model_copy(update={"rule": "paper"})}):

@@ -22,7 +22,8 @@ from analyzers.latent import (
     sample,
     score,
 )
-from analyzers.latent.selection import bootstrap, candidate, heldout_loglik
+from analyzers.latent.outcomes import bag_of_states, regress
+from analyzers.latent.selection import candidate, heldout_loglik
 
 QUICK = StateSettings(k_max=4, restarts=6, folds=3, fold_restarts=3, bootstraps=4)
 MODEL = Parameters(np.ones(1), np.ones((1, 1)), np.zeros((1, 1)), np.ones((1, 1)))
@@ -57,6 +58,25 @@ def test_forks_and_a_detour_are_found_in_a_small_series(what, least):
     assert fit.k == 6
     assert ari > least
     assert not any("cap" in note for note in fit.notes)
+    assert_detour_is_named(fit, truth)
+
+
+def assert_detour_is_named(fit, truth):
+    """The planted detour is state 4; the planted outcome is 10 later in the runs that take it."""
+    numbers = np.concatenate([run.state for run in fit.runs])
+    detour = np.bincount(numbers[np.concatenate(truth) == 4], minlength=6).argmax()
+    noise = np.random.default_rng(2).normal(size=len(truth))
+    outcome = {
+        run.run: 30.0 + 10 * (path == 4).any() + each
+        for run, path, each in zip(fit.runs, truth, noise, strict=True)
+    }
+    shares = {run.run: bag_of_states(run.state, 6) for run in fit.runs}
+    found = {each.state: each for each in regress(outcome, shares).coefficients if each.detour}
+    assert detour in found
+    assert found[detour].p_later < 0.05
+    assert found[detour].p_later == min(each.p_later for each in found.values())
+    visiting = {run.run for run, path in zip(fit.runs, truth, strict=True) if (path == 4).any()}
+    assert set(found[detour].with_state) == visiting
 
 
 @pytest.mark.long
@@ -79,6 +99,7 @@ def test_forks_and_a_detour_are_found(what, least):
         ]
         planted = {(0, 1), (0, 2), (1, 3), (2, 3), (3, 4), (4, 5), (3, 5)}
         assert edges == {(order[left], order[entered]) for left, entered in planted}
+    assert_detour_is_named(fit, truth)
 
 
 def test_criteria_by_hand():
@@ -121,8 +142,8 @@ def test_the_bootstrap_tells_states_of_all_runs_from_states_of_one():
     lone = [*values[:-1], np.concatenate([values[-1], 30 + np.random.default_rng(0).normal(size=(10, 5))])]
     found = candidate(5, lone, [], QUICK.model_copy(update={"bootstraps": 12}))
     assert 0 < found.bootstrap_refits < 12
-    path = np.concatenate([each.path for each in decode_runs(sure.parameters, values)])
-    assert bootstrap(sure.parameters, values[:1], path, QUICK) == (None, None)
+    alone = candidate(2, values[:1], [], QUICK)
+    assert (alone.bootstrap_ari, alone.bootstrap_refits, alone.refits) == (None, None, ())
 
 
 def candidates(*rows):
