@@ -82,6 +82,15 @@ def serve(
 def bootstrap(
     gpus: Annotated[int, typer.Option(help="checkpoints on GPUs at once, over all workers", min=1)] = 1,
     downloads: Annotated[int, typer.Option(help="runs that download at once", min=1)] = 2,
+    silence: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="a run without a sign of life for so long counts as crashed; more than twice what workers "
+            "have in PREFECT_FLOWS_HEARTBEAT_FREQUENCY; default 400",
+            min=61,
+        ),
+    ] = None,
     webhook: Annotated[
         str | None,
         typer.Option(metavar="URL", help="call this URL on every anomaly and new phase that a watch finds"),
@@ -95,5 +104,5 @@ def bootstrap(
 
     if webhook is not None and not webhook.startswith(("http://", "https://")):
         raise UsageError("--webhook is not a URL that begins with http:// or https://")
-    for line in prepare(gpus, downloads, webhook):
+    for line in prepare(gpus, downloads, webhook, silence):
         out.print(line, markup=False)

@@ -151,9 +151,7 @@ class StatesForm(_SettingsForm):
     ] = []
     grid: Annotated[
         Grid | None,
-        Field(
-            description="steps of the fit: the union of those of all runs, each run's own, or common"
-        ),
+        Field(description="steps of the fit: the union of those of all runs, each run's own, or common"),
     ] = None
     k_max: Annotated[
         int | None, Field(description="largest number of states tried; absent: 8", ge=1, le=100)

@@ -83,12 +83,15 @@ def need_server() -> str:
     return str(url)
 
 
-def bootstrap(gpus: int = 1, downloads: int = 2, webhook: str | None = None) -> list[str]:
+def bootstrap(
+    gpus: int = 1, downloads: int = 2, webhook: str | None = None, silence: int | None = None
+) -> list[str]:
     """Create or renew what the deployments rest on; say what, one line each.
 
     Args:
         gpus: checkpoints that run on GPUs at once, over all workers that name the limit.
         downloads: runs that download at once.
+        silence: seconds without a sign of life after which a run counts as crashed; None: as in the file.
         webhook: URL that is called on every alert of a watch; None leaves the automation as it is.
 
     Raises:
@@ -98,11 +101,14 @@ def bootstrap(gpus: int = 1, downloads: int = 2, webhook: str | None = None) -> 
     with get_client(sync_client=True) as client:
         _pool(client, downloads)
         client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, gpus)
-        _automation(client, _read(DEPLOY / "automations" / "zombies.yaml"))
+        zombies = _read(DEPLOY / "automations" / "zombies.yaml")
+        if silence is not None:
+            zombies["trigger"]["within"] = silence
+        _automation(client, zombies)
         said = [
             f"work pool {POOL} with queue {DOWNLOADS} ({downloads} runs at a time)",
             f"limit {GPU_LIMIT} ({gpus} at a time)",
-            "automation ontogeny-zombies",
+            f"automation ontogeny-zombies (after {zombies['trigger']['within']} s of silence)",
         ]
         if webhook is not None:
             block = Webhook(url=webhook).save(WEBHOOK_BLOCK, overwrite=True)
