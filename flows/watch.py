@@ -98,11 +98,13 @@ def watch_series(
     with invocation(store, config.name, "watch", config.model_dump(mode="json")) as counts:
         summary = WatchSummary(series=config.name, measure=measure_series(config, root))
         counts["keys_computed"] = summary.measure.keys_computed
-        try:
-            decoded: dict[str, Any] = decode_of(config.name, root, model=model, of=of)
-        except UsageError as error:
-            summary.notes.append(f"nothing is decoded: {error}")
+        teacher = of or config.name
+        if not store.names("state_models", teacher):
+            summary.notes.append(
+                f"nothing is decoded: no states of series {teacher!r} are fitted (ontogeny states {teacher})"
+            )
         else:
+            decoded: dict[str, Any] = decode_of(config.name, root, model=model, of=of)
             summary.decoded = decoded["decoded"]
             summary.notes += decoded["notes"]
             summary.alerts = alerts(store, config.name, decoded["model"], since)
