@@ -123,19 +123,13 @@ def test_a_new_checkpoint_that_is_odd_reaches_the_webhook(
     assert "Nothing is decoded: no states of series 'tiny'" in early.stdout
     # Twenty more frames of the same kind: with fewer, surprise is not judged.
     store = open_root(root)
-    kept = ("step", "metric", "site", "n", "analyzer", "protocol")
+    kept = ("step", "metric", "site", "layer", "head", "n", "analyzer", "protocol")
+    known = [r for r in store.table("metrics", "tiny", "seed0").to_pylist() if r["metric"] in ("loss", "l2")]
     for run in range(2, 8):
         rng = np.random.default_rng(run)
-        known = store.table("metrics", "tiny", "seed0").to_pandas()
-        known = known[known["metric"].isin(["loss", "l2"])]
         rows = [
-            {
-                **{name: getattr(row, name) for name in kept},
-                "layer": None if np.isnan(row.layer) else int(row.layer),
-                "head": None,
-                "value": row.value * (1 + 1e-3 * rng.normal()),
-            }
-            for row in known.itertuples()
+            {**{name: row[name] for name in kept}, "value": row["value"] * (1 + 1e-3 * rng.normal())}
+            for row in known
         ]
         store.write("metrics", rows, series="tiny", run=f"seed{run}", name="planted")
     fitted = cli("states", "tiny", "--root", str(root), *SETTINGS)
