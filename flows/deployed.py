@@ -1,6 +1,7 @@
 """Flows of the deployments: each takes a form and does what the command of its name does."""
 
 from prefect import flow
+from transformers.utils import logging as transformers_logging
 
 from flows.audit import audit_series
 from flows.forms import AuditForm, MeasureForm, ReportForm, StatesForm, WatchForm
@@ -11,6 +12,8 @@ from flows.study import StudySummary, study_series
 from flows.watch import WatchSummary, watch_series, watched
 from storage.audit import Finding
 from storage.store import Store
+
+transformers_logging.disable_progress_bar()  # a worker's log is no terminal
 
 # The commands' flows run inside these as plain functions: one run on Prefect's page, not two of one thing.
 

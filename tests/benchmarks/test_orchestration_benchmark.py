@@ -6,6 +6,7 @@ import pytest
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Scheduled
 
@@ -51,7 +52,5 @@ def test_the_server_survives_a_thousand_checkpoints(tmp_path: Path) -> None:
         assert thousand() == 499500
         assert client.hello().status_code == 200
         assert queued(7) == 7
-        from prefect.client.schemas.filters import FlowRunFilter
-
         waiting = FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}})
         assert client.count_flow_runs(flow_run_filter=waiting) == 1000
