@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types layers docs unit test-long test-gpu bench format clean
+.PHONY: help setup demo server test lint types layers docs unit test-long test-gpu bench format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ test-gpu: $(READY)  ## tests that need a CUDA device
 
 docs: $(READY)  ## write the generated pages of docs/ anew
 	$(BIN)/python -m flows.docs
+
+server: $(READY)  ## Prefect server and worker on this machine; deploy/RUNBOOK.md
+	deploy/server.sh
 
 bench: $(READY)  ## run all benchmarks and write docs/performance.md
 	$(BIN)/python -m benchmarks all --write

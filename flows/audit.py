@@ -2,6 +2,7 @@
 
 from prefect import flow
 
+from flows.artifacts import show_findings
 from flows.config import SeriesConfig, default_root
 from flows.measure import list_catalogue
 from storage.audit import Finding
@@ -15,4 +16,5 @@ def audit_series(config: SeriesConfig, root: str = default_root()) -> list[Findi
     with invocation(Store(root), config.name, "audit", config.model_dump(mode="json")) as counts:
         found = list_catalogue(config, root)
         counts.update(checkpoints=len(found.checkpoints), findings=len(found.findings))
+    show_findings(config.name, found.findings)
     return found.findings

@@ -272,12 +272,14 @@ def list_(
     out.print(table)
 
 
-from flows import cli_fits  # noqa: E402, F401  (its commands stand after these)
+from flows import cli_fits, cli_serve  # noqa: E402, F401  (their commands stand after these)
 
 
 def main() -> None:
     """Entry point: one clear sentence and exit code 2 for bad usage, 1 where something failed."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    # A server's automation calls a run dead that is silent for too long (deploy/automations/zombies.yaml).
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     # On a busy machine the temporary server takes longer than Prefect's 20 s to come up.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     # Threads that spin while they wait cost a few per cent less alone, and many times more on shared cores.

@@ -8,6 +8,8 @@ from prefect import flow
 from pydantic import BaseModel
 
 from analyzers.base import Reference
+from flows.artifacts import progress as shown_progress
+from flows.artifacts import show_findings, show_tables
 from flows.config import SeriesConfig, default_root
 from flows.progress import bars
 from storage.series import Checkpoint
@@ -15,6 +17,7 @@ from storage.store import Store
 from storage.window import Arrival, Window
 from tasks.catalogue import Catalogue, catalogue
 from tasks.estimate import forward_flops, matmul_speed
+from tasks.gpu import check_limit
 from tasks.harvest import PlannedSnapshot, check_room, chosen_snapshots
 from tasks.job import HarvestJob, MeasureJob
 from tasks.loader import find_loader
@@ -185,12 +188,13 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
     A checkpoint that fails is recorded in ``failures`` and named in the summary; the others go on.
     """
     store = Store(root)
-    choose_device(config.measure.device)
+    check_limit(choose_device(config.measure.device))
     if config.source.loader is not None:
         find_loader(config.source.loader)  # a name that is wrong is said once, before anything is listed
     summary = MeasureSummary()
     with invocation(store, config.name, "measure", config.model_dump(mode="json")) as counts:
         found = list_catalogue(config, root)
+        show_findings(config.name, found.findings)
         counts["training_log_rows"] = record_training_logs(store, config.name, found.listed)
         summary.checkpoints = len(found.checkpoints)
         summary.not_asked = len(found.not_asked)
@@ -209,6 +213,7 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
         summary.already_there = len(found.sound) - len(todo)
         _measure_all(config, job, todo, pools, summary)
         show_newest(store, plans)
+        show_tables(store, config.name)
         counts.update(
             checkpoints=summary.checkpoints,
             checkpoints_measured=summary.measured,
@@ -256,12 +261,14 @@ def _measure_all(
 
     with bars() as progress:
         bar = progress.add_task("measure", total=len(todo), note="")
+        show_done = shown_progress("measure", config.name, len(todo))
         for arrival in window.walk([item.checkpoint for item in todo], needed):
             label = arrival.checkpoint.label
             progress.update(bar, note=label)
             others = {name: _other(other, arrival) for name, other in items[label].others.items()}
             _measure_one(job, arrival, others, summary)
             progress.advance(bar)
+            show_done(int(progress.tasks[bar].completed))
 
 
 def _other(checkpoint: Checkpoint, arrival: Arrival) -> Other:

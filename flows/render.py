@@ -3,6 +3,7 @@
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import show_link
 from flows.config import default_root
 from flows.report import render_report
 from storage.keys import check_name
@@ -19,4 +20,6 @@ def render(series: str, root: str) -> str:
 @flow(name="report", flow_run_name="report {series}")
 def report_series(series: str, root: str = default_root()) -> str:
     """Write ROOT/reports/SERIES.html, one page that needs no network; return its path."""
-    return render(series, root)
+    path = render(series, root)
+    show_link("report", series, path, f"Report of {series}")
+    return path

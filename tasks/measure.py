@@ -30,9 +30,10 @@ from storage.series import Checkpoint
 from storage.sources import tokenizer_folder
 from storage.store import Store, now
 from storage.tables import SCHEMA_VERSION
+from tasks.gpu import gpu_slot
 from tasks.harvest import Harvesting, PlannedSnapshot, plan_snapshot
 from tasks.job import MeasureJob
-from tasks.models import open_weights, probe_of
+from tasks.models import choose_device, open_weights, probe_of
 from tasks.passes import Passes
 
 
@@ -414,7 +415,8 @@ def measure_checkpoint(
     others: Mapping[Reference, Other] | None = None,
 ) -> State[dict[str, int]]:
     """Task: measure one checkpoint. A failure is a Failed state whose data are the counts."""
-    counts = measure(job, checkpoint, folder, error, others)
+    with gpu_slot(choose_device(job.device)):
+        counts = measure(job, checkpoint, folder, error, others)
     if counts["failures"]:
         return Failed(message=f"{checkpoint.label}: see table failures", data=counts)
     return Completed(data=counts)
