@@ -20,7 +20,7 @@ def store(bucket: Bucket) -> Store:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(leases, "LEASE", 1.0)
+    monkeypatch.setattr(leases, "LEASE", 3.0)
     monkeypatch.setattr(leases, "BEAT", 0.1)
     monkeypatch.setattr(leases, "_LOOK", 0.1)
     return
@@ -49,7 +49,7 @@ def test_one_of_many_gets_the_claim(store: Store) -> None:
 def test_signs_of_life_keep_it(store: Store, quick: None) -> None:
     mine, other = lease(store, "alive"), lease(store, "alive")
     assert mine.take(wait=False)
-    until = time.monotonic() + 2.5
+    until = time.monotonic() + 4.0
     while time.monotonic() < until:
         assert not other.take(wait=False)
     mine.drop()
