@@ -48,6 +48,11 @@ class Workers:
                     f"measure.runner is {self.kind!r}, but the package {package!r} is not installed: "
                     f"install ontogeny[{self.kind}]"
                 )
+        if self.kind == "ray" and not self.remote and self.count * self.gpus > torch.cuda.device_count():
+            raise UsageError(
+                f"{self.count} workers with measure.gpus of {self.gpus:g} each would wait for ever: "
+                f"this machine has {torch.cuda.device_count()} usable GPUs"
+            )
         if self.remote and not PREFECT_API_URL.value():
             raise UsageError(
                 f"workers at {self.address!r} cannot report to a temporary Prefect server: "
@@ -83,7 +88,8 @@ class Workers:
         from prefect_dask import DaskTaskRunner
 
         if self.address is not None:
-            return DaskTaskRunner(address=self.address)
+            remote: TaskRunner[Any] = DaskTaskRunner(address=self.address)
+            return remote
         cluster = {
             "n_workers": self.count,
             "threads_per_worker": 1,
@@ -92,7 +98,8 @@ class Workers:
             "dashboard_address": None,
             "resources": {"GPU": self.gpus} if self.gpus else None,
         }
-        return DaskTaskRunner(cluster_kwargs=cluster)
+        local: TaskRunner[Any] = DaskTaskRunner(cluster_kwargs=cluster)
+        return local
 
     def _ray(self) -> TaskRunner[Any]:
         from prefect_ray import RayTaskRunner
