@@ -1,6 +1,8 @@
 """Measure what a series lacks: here, one checkpoint after another, or spread over workers."""
 
+import multiprocessing
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -14,7 +16,7 @@ from storage.store import Store
 from tasks.job import MeasureJob
 from tasks.measure import plan, record_failure
 from tasks.runners import Workers
-from tasks.walk import Item, Share, Walked, parts, still_missing, walk, walk_share
+from tasks.walk import Item, Share, Walked, call_off, parts, still_missing, walk, walk_share
 
 # How often the progress of workers is looked up in the store, in seconds.
 _LOOK = 5.0
@@ -55,13 +57,14 @@ def measure_items(
     if not workers.remote and "://" not in job.root:
         job = job.model_copy(update={"root": os.path.abspath(job.root)})  # noqa: PTH100  (the string)
     own = workers.kind != "threads" and not workers.remote and "OMP_NUM_THREADS" not in os.environ
-    each = parts(items, workers.count)
+    each, walks = parts(items, workers.count), uuid.uuid4().hex
     shares = [
         Share(
             items=part,
             prefetch=config.prefetch,
             budget=None if budget is None else budget // len(each),
             keep=config.keep,
+            walks=walks,
             parent=os.getpid() if workers.kind == "processes" else None,
             threads=max(1, (os.cpu_count() or 1) // len(each)) if own else None,
         )
@@ -72,28 +75,39 @@ def measure_items(
 
 def _spread(workers: Workers, job: MeasureJob, shares: list[Share]) -> Walked:
     done = Walked()
+    before = set(multiprocessing.active_children())
     with workers.open() as runner, bars() as progress:
         total = sum(len(share.items) for share in shares)
         bar = progress.add_task("measure", total=total, note=f"{len(shares)} {workers.kind}")
         ended: SimpleQueue[Any] = SimpleQueue()
         futures = {}
-        for number, share in enumerate(shares):
-            own = job.model_copy(update={"device": workers.device(number, job.device)})
-            future = runner.submit(walk_share, {"job": own, "share": share})
-            futures[id(future)] = share
-            future.add_done_callback(ended.put)
-        files = None if progress.disable else _files(job, shares)
-        for _ in shares:
-            while True:
-                try:
-                    future = ended.get(timeout=_LOOK)
-                    break
-                except Empty:
+        try:
+            for number, share in enumerate(shares):
+                own = job.model_copy(update={"device": workers.device(number, job.device)})
+                future = runner.submit(walk_share, {"job": own, "share": share})
+                futures[id(future)] = share
+                future.add_done_callback(ended.put)
+            files = None if progress.disable else _files(job, shares)
+            for _ in shares:
+                while (future := _next(ended)) is None:
                     if files is not None:
                         progress.update(bar, completed=_stored(job, files))
-            share = futures[id(future)]
-            _add(done, _result(future, job, share))
+                _add(done, _result(future, job, futures[id(future)]))
+        except BaseException:
+            # An interrupt or a cancellation; the runner would wait for walks that may take days.
+            call_off(shares[0].walks)
+            if workers.kind == "processes":
+                for child in set(multiprocessing.active_children()) - before:
+                    child.terminate()
+            raise
     return done
+
+
+def _next(ended: "SimpleQueue[Any]") -> Any:
+    try:
+        return ended.get(timeout=_LOOK)
+    except Empty:
+        return None
 
 
 def _result(future: Any, job: MeasureJob, share: Share) -> Walked:

@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
 
 
 # While a model is made, transformers and torch change what is global to the process: one thread at a time.
-_loading = Lock()
+_loading = RLock()  # a loader of one's own may call load_adapter
 _probes: dict[tuple[str, ProbeConfig, str], Probe] = {}
 
 

@@ -105,10 +105,13 @@ class Workers:
         from prefect_ray import RayTaskRunner
 
         if self.address is not None:
-            return RayTaskRunner(address=self.address, init_kwargs={"log_to_driver": False})
+            remote: TaskRunner[Any] = RayTaskRunner(
+                address=self.address, init_kwargs={"log_to_driver": False}
+            )
+            return remote
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        return RayTaskRunner(
+        local: TaskRunner[Any] = RayTaskRunner(
             init_kwargs={
                 "num_cpus": self.count,
                 "include_dashboard": False,
@@ -116,6 +119,7 @@ class Workers:
                 "_node_ip_address": "127.0.0.1",
             }
         )
+        return local
 
     def _resources(self) -> AbstractContextManager[Any]:
         """Within it, a submitted task asks for its GPUs."""
@@ -123,7 +127,10 @@ class Workers:
             from prefect_ray.context import remote_options
 
             # A walk has its own ways to go on after a death: no second try by Ray.
-            return remote_options(num_cpus=1, num_gpus=self.gpus, max_retries=0)
+            options: AbstractContextManager[Any] = remote_options(
+                num_cpus=1, num_gpus=self.gpus, max_retries=0
+            )
+            return options
         if self.kind == "dask" and self.gpus:
             import dask
 
@@ -134,7 +141,8 @@ class Workers:
 
 def _api() -> str | None:
     """URL of the Prefect server that this flow talks to, a temporary one too, for worker processes."""
-    if (url := PREFECT_API_URL.value()) is not None:
+    url: str | None = PREFECT_API_URL.value()
+    if url is not None:
         return url
     from prefect.server.api.server import SubprocessASGIServer
 

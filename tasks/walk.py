@@ -1,8 +1,10 @@
 """A walk: one worker's share of a series, checkpoint after checkpoint, on the worker's own disk."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from threading import Thread
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ from storage.window import Arrival, Window
 from tasks.job import MeasureJob
 from tasks.measure import Other, measure_checkpoint, plan, sentence
 
+# How often a worker process looks whether its flow is still there, in seconds.
+_LOOK = 1.0
+_called_off: set[str] = set()
+
 
 class Item(BaseModel):
     """A checkpoint to measure, those that it may be compared with, and which of them its results lack."""
@@ -32,7 +38,8 @@ class Item(BaseModel):
 class Share(BaseModel):
     """What one worker walks over, and how many bytes of its disk downloads may hold.
 
-    ``parent`` is the process whose end ends the walk, ``threads`` those of torch; None: whatever there is.
+    ``walks`` names all walks of one call, so that they can be called off together. ``parent`` is the process
+    whose end ends the worker's, ``threads`` those of torch; None: whatever there is.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,6 +48,7 @@ class Share(BaseModel):
     prefetch: int
     budget: int | None
     keep: bool
+    walks: str = ""
     parent: int | None = None
     threads: int | None = None
 
@@ -94,9 +102,14 @@ def walk(
         on_arrival(arrival.checkpoint.label)
         _measure(job, arrival, items[arrival.checkpoint.label], done)
         on_done()
-        if share.parent is not None and os.getppid() != share.parent:
-            break  # the flow was killed: nobody waits for the rest, and the next call measures it
+        if share.walks in _called_off:
+            break  # nobody waits for the rest, and the next call measures it
     return done
+
+
+def call_off(walks: str) -> None:
+    """Let the walks of this process with that name end after the checkpoint in hand."""
+    _called_off.add(walks)
 
 
 def _measure(job: MeasureJob, arrival: Arrival, item: Item, done: Walked) -> None:
@@ -124,11 +137,27 @@ def _other(checkpoint: Checkpoint, arrival: Arrival) -> Other:
     return Other(checkpoint, folder)
 
 
+def _end_with(parent: int) -> None:
+    """End this process soon after ``parent``: an orphan of a process pool would wait for ever.
+
+    Nothing is left half-written: results appear at once or not at all.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True, name="parent").start()
+
+
 @task(name="walk", task_run_name="walk over {share.items[0].checkpoint.label} and on", cache_policy=NO_CACHE)
 def walk_share(job: MeasureJob, share: Share) -> Walked:
     """Task: one worker's share. Its checkpoints are task runs of their own inside it."""
     transformers_logging.set_verbosity_error()  # a worker process has not heard of it yet
     transformers_logging.disable_progress_bar()
+    if share.parent is not None:
+        _end_with(share.parent)
     if share.threads is not None:
         torch.set_num_threads(share.threads)
     return walk(job, share)

@@ -13,6 +13,7 @@ from flow_support import TINY, Cli, measured_rows
 from pandas.testing import assert_frame_equal
 
 from storage import open_root
+from tasks.walk import parts
 
 SMALL = ("--steps", "0,1,2,4", *TINY)
 SMALL += tuple(w for name in ("spectra", "similarity", "weights", "loss") for w in ("--analyzer", name))
@@ -28,26 +29,46 @@ def alone(tiny_series: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory)
     return root
 
 
+def test_parts_are_contiguous_and_differ_by_one_at_most() -> None:
+    for size in range(1, 12):
+        for count in range(1, 6):
+            found = parts(list(range(size)), count)  # type: ignore[arg-type]
+            assert [item for part in found for item in part] == list(range(size))
+            sizes = [len(part) for part in found]
+            assert len(sizes) == min(size, count)
+            assert max(sizes) - min(sizes) <= 1
+            assert min(sizes) > 0
+
+
 def assert_same(root: Path, alone: Path) -> None:
     for table in ROWS:  # the keys too: they are a column
         assert_frame_equal(measured_rows(root, table), measured_rows(alone, table), check_exact=True)
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
+    ("kind", "workers", "passes", "settings"),
     [
-        ("threads", ()),
-        ("processes", ()),
-        ("dask", ("--set", "measure.gpus=1")),  # its workers offer a resource of that name
-        ("ray", ()),
+        ("threads", 2, 8, ()),
+        # The second and the third part begin inside a run: its first and the previous checkpoint are run too.
+        ("threads", 3, 12, ()),
+        ("processes", 2, 8, ()),
+        ("dask", 2, 8, ("--set", "measure.gpus=1")),  # its workers offer a resource of that name
+        ("ray", 2, 8, ()),
     ],
 )
 def test_every_runner_gives_the_same_tables(
-    kind: str, settings: tuple[str, ...], alone: Path, tiny_series: Path, cli: Cli, tmp_path: Path
+    kind: str,
+    workers: int,
+    passes: int,
+    settings: tuple[str, ...],
+    alone: Path,
+    tiny_series: Path,
+    cli: Cli,
+    tmp_path: Path,
 ) -> None:
-    spread = ("--runner", kind, "--workers", "2", *settings)
+    spread = ("--runner", kind, "--workers", str(workers), *settings)
     done = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *SMALL, *spread)
-    assert "Measured 8 checkpoints (32 results, 8 forward passes)" in done.stdout, done.stderr
+    assert f"Measured 8 checkpoints (32 results, {passes} forward passes)" in done.stdout, done.stderr
     assert_same(tmp_path, alone)
 
 
@@ -98,8 +119,9 @@ def test_a_worker_that_dies_is_recorded_and_the_next_call_goes_on(
     assert len(loss) == 8
 
 
-def test_workers_end_with_a_killed_flow_and_the_next_call_equals_one_undisturbed(
-    alone: Path, tiny_series: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_flow_and_the_next_call_equals_one_undisturbed(
+    how: signal.Signals, alone: Path, tiny_series: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
 ) -> None:
     call = ("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *SMALL)
     spread = ("--runner", "processes", "--workers", "2")
@@ -109,8 +131,8 @@ def test_workers_end_with_a_killed_flow_and_the_next_call_equals_one_undisturbed
         assert flow.poll() is None
         time.sleep(0.02)
     workers = psutil.Process(flow.pid).children(recursive=True)
-    os.kill(flow.pid, signal.SIGKILL)
-    flow.wait()
+    os.kill(flow.pid, how)
+    flow.wait(120)
     _, alive = psutil.wait_procs(workers, timeout=120)
     assert not alive
     done = cli(*call, *spread)
