@@ -46,7 +46,7 @@ class Workers:
             if importlib.util.find_spec(package) is None:
                 raise UsageError(
                     f"measure.runner is {self.kind!r}, but the package {package!r} is not installed: "
-                    f"install ontogeny[{self.kind}]"
+                    f"pip install -e '.[{self.kind}]' in the checkout brings it"
                 )
         if self.kind == "ray" and not self.remote and self.count * self.gpus > torch.cuda.device_count():
             raise UsageError(

@@ -147,7 +147,7 @@ def test_a_missing_extra_is_one_sentence(
     monkeypatch.setitem(sys.modules, f"prefect_{kind}", None)
     done = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), "--runner", kind)
     assert done.returncode == 2
-    assert f"install ontogeny[{kind}]" in done.stderr
+    assert f"pip install -e '.[{kind}]'" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
