@@ -131,6 +131,30 @@ def run_pass(model: Model, stream: Iterable[Batch], specs: Iterable[Spec]) -> di
     return states
 
 
+def merged(parts: Iterable[Mapping[Spec, State]]) -> dict[Spec, State]:
+    """The states of a pass from those of passes over parts of its sequences, given in order of sequences.
+
+    Each part is ``batch.part(...)`` of one batch that numbers all sequences, so that a state knows which of
+    them it has seen. Sums of floating-point numbers are those of the whole pass up to rounding: the parts
+    are added in another order. The states of the first part are used up.
+
+    Raises:
+        ValueError: there is no part, or parts differ in their specs.
+    """
+    whole: dict[Spec, State] | None = None
+    for states in parts:
+        if whole is None:
+            whole = dict(states)
+            continue
+        if whole.keys() != states.keys():
+            raise ValueError("the parts of a pass have gathered different statistics")
+        for spec, state in states.items():
+            whole[spec].merge(state)
+    if whole is None:
+        raise ValueError("a pass has at least one part")
+    return whole
+
+
 def _refuse_padding(batch: Batch, states: Mapping[Spec, State]) -> None:
     if batch.mask is None or bool(batch.mask.all()):
         return

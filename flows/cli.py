@@ -15,9 +15,11 @@ from flows import printing
 from flows.options import (
     AnalyzerOption,
     RootOption,
+    RunnerOption,
     SeriesArgument,
     SetOption,
     StepsOption,
+    WorkersOption,
     app,
     configured,
     in_store,
@@ -58,11 +60,13 @@ def study(
     steps: StepsOption = None,
     analyzer: AnalyzerOption = None,
     settings: SetOption = None,
+    runner: RunnerOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Audit, measure, find phases, fit the states and write the report of a series."""
     from flows.study import study_series
 
-    config = configured(series, steps, analyzer, settings)
+    config = configured(series, steps, analyzer, settings, runner, workers)
     quiet()
     summary = study_series(config, root)
     printing.print_study(summary, root)
@@ -170,6 +174,8 @@ def measure(
     steps: StepsOption = None,
     analyzer: AnalyzerOption = None,
     settings: SetOption = None,
+    runner: RunnerOption = None,
+    workers: WorkersOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would be measured and how many bytes that is")
     ] = False,
@@ -193,7 +199,7 @@ def measure(
         raise UsageError("--harvest and --from-spectra exclude each other")
     if harvest:
         settings = [*(settings or []), "crosscoder.harvest=true"]
-    config = configured(series, steps, analyzer, settings)
+    config = configured(series, steps, analyzer, settings, runner, workers)
     if from_spectra:
         _measure_from_spectra(config, root, dry_run)
     quiet()

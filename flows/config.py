@@ -101,6 +101,25 @@ class MeasureConfig(_Section):
         bool, Field(description="keep downloads under ROOT/downloads instead of deleting each when measured")
     ] = False
 
+    runner: Annotated[
+        Literal["threads", "processes", "dask", "ray"],
+        Field(description="what runs the workers, each with a share of the checkpoints (docs/scaling.md)"),
+    ] = "threads"
+    workers: Annotated[
+        int, Field(description="workers; each holds a model and prefetch of its own", ge=1, le=4096)
+    ] = 1
+    address: Annotated[
+        str | None,
+        Field(description="a cluster that runs, as tcp://HOST:8786 or ray://HOST:10001; absent: one here"),
+    ] = None
+    gpus: Annotated[
+        float | None,
+        Field(
+            description="GPUs that Dask or Ray set aside for each worker; absent: 1 where device is a GPU",
+            ge=0,
+        ),
+    ] = None
+
     @field_validator("steps")
     @classmethod
     def _steps(cls, steps: str | None) -> str | None:

@@ -1,20 +1,17 @@
 """Flow: audit a series and measure what its store lacks. One task run per checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from prefect import flow
 from pydantic import BaseModel
 
 from analyzers.base import Reference
-from flows.artifacts import progress as shown_progress
 from flows.artifacts import show_findings, show_tables
 from flows.config import SeriesConfig, default_root
 from flows.progress import bars
+from flows.spread import measure_items, workers_of
 from storage.series import Checkpoint
 from storage.store import Store
-from storage.window import Arrival, Window
 from tasks.catalogue import Catalogue, catalogue
 from tasks.estimate import forward_flops, matmul_speed
 from tasks.gpu import check_limit
@@ -22,18 +19,16 @@ from tasks.harvest import PlannedSnapshot, check_room, chosen_snapshots
 from tasks.job import HarvestJob, MeasureJob
 from tasks.loader import find_loader
 from tasks.measure import (
-    Other,
     Plan,
-    measure_checkpoint,
     plan,
     record_failure,
-    sentence,
     show_newest,
 )
 from tasks.models import choose_device
 from tasks.others import Others, others_of, wanted
 from tasks.provenance import invocation
 from tasks.training_log import record_training_logs
+from tasks.walk import Item
 
 
 class MeasureSummary(BaseModel):
@@ -188,7 +183,8 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
     A checkpoint that fails is recorded in ``failures`` and named in the summary; the others go on.
     """
     store = Store(root)
-    check_limit(choose_device(config.measure.device))
+    if not workers_of(config.measure).remote:
+        check_limit(choose_device(config.measure.device))
     if config.source.loader is not None:
         find_loader(config.source.loader)  # a name that is wrong is said once, before anything is listed
     summary = MeasureSummary()
@@ -209,9 +205,13 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
         job = job_of(config, root, found)
         plans, others = _plans(config, job, found)
         pools = _check_room(config, job, plans)
-        todo = [_Todo(c, others[c.label], _compared(p, others[c.label])) for c, p in plans if p.names]
-        summary.already_there = len(found.sound) - len(todo)
-        _measure_all(config, job, todo, pools, summary)
+        todo = [_item(c, p, others[c.label]) for c, p in plans if p.names]
+        budget = _budget(config)
+        walked = measure_items(config.measure, job, todo, None if budget is None else max(0, budget - pools))
+        summary.already_there = len(found.sound) - len(todo) + walked.already_there
+        summary.measured, summary.snapshots = walked.measured, walked.snapshots
+        summary.keys_computed, summary.forward_passes = walked.keys_computed, walked.forward_passes
+        summary.failed += walked.failed
         show_newest(store, plans)
         show_tables(store, config.name)
         counts.update(
@@ -232,66 +232,8 @@ def _compared(plan: Plan, others: Mapping[Reference, Checkpoint]) -> list[Checkp
     return [other for name, other in others.items() if name in names]
 
 
-@dataclass(frozen=True)
-class _Todo:
-    checkpoint: Checkpoint
-    others: Mapping[Reference, Checkpoint]
-    compared: list[Checkpoint]
-
-
-def _measure_all(
-    config: SeriesConfig, job: MeasureJob, todo: list[_Todo], pools: int, summary: MeasureSummary
-) -> None:
-    """Measure all of ``todo``; ``pools`` bytes of the disk budget are the pools'."""
-    if not todo:
-        return
-    store, settings, budget = Store(job.root), config.measure, _budget(config)
-    items = {item.checkpoint.label: item for item in todo}
-    window = Window(
-        store,
-        job.scratch if not settings.keep else job.kept,
-        settings.prefetch,
-        None if budget is None else max(0, budget - pools),
-        settings.keep,
-        lambda checkpoint: items[checkpoint.label].compared,
+def _item(checkpoint: Checkpoint, plan: Plan, others: Mapping[Reference, Checkpoint]) -> Item:
+    names = wanted(item.analyzer for item in plan.missing)
+    return Item(
+        checkpoint=checkpoint, others=others, compared=tuple(name for name in others if name in names)
     )
-
-    def needed(checkpoint: Checkpoint) -> bool:
-        return bool(plan(job, store, checkpoint, others=items[checkpoint.label].others).names)
-
-    with bars() as progress:
-        bar = progress.add_task("measure", total=len(todo), note="")
-        show_done = shown_progress("measure", config.name, len(todo))
-        for arrival in window.walk([item.checkpoint for item in todo], needed):
-            label = arrival.checkpoint.label
-            progress.update(bar, note=label)
-            others = {name: _other(other, arrival) for name, other in items[label].others.items()}
-            _measure_one(job, arrival, others, summary)
-            progress.advance(bar)
-            show_done(int(progress.tasks[bar].completed))
-
-
-def _other(checkpoint: Checkpoint, arrival: Arrival) -> Other:
-    folder = arrival.others.get(checkpoint.label)
-    if isinstance(folder, Exception):
-        return Other(checkpoint, error=sentence(folder))
-    return Other(checkpoint, folder)
-
-
-def _measure_one(
-    job: MeasureJob, arrival: Arrival, others: Mapping[Reference, Other], summary: MeasureSummary
-) -> None:
-    if arrival.folder is None and arrival.error is None:
-        summary.already_there += 1
-        return
-    error = None if arrival.error is None else sentence(arrival.error)
-    state: Any = measure_checkpoint(job, arrival.checkpoint, arrival.folder, error, others, return_state=True)
-    counts = state.result(raise_on_failure=False)
-    if isinstance(counts, dict):
-        summary.keys_computed += counts["keys_computed"]
-        summary.forward_passes += counts["forward_passes"]
-        summary.snapshots += counts["snapshots"]
-    if state.is_completed():
-        summary.measured += 1
-    else:
-        summary.failed.append(arrival.checkpoint.label)

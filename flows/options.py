@@ -42,9 +42,22 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="any setting of the series file, as measure.batch=8"),
 ]
 
+RunnerOption = Annotated[
+    str | None,
+    typer.Option("--runner", metavar="KIND", help="what runs the workers: threads, processes, dask or ray"),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", metavar="N", help="workers that share the checkpoints")
+]
+
 
 def configured(
-    series: str, steps: str | None, analyzers: list[str] | None, settings: list[str] | None
+    series: str,
+    steps: str | None,
+    analyzers: list[str] | None,
+    settings: list[str] | None,
+    runner: str | None = None,
+    workers: int | None = None,
 ) -> Any:
     """The configuration of a series with what the command line says otherwise."""
     from flows.config import parse_override, resolve
@@ -54,6 +67,10 @@ def configured(
         overrides["measure.steps"] = steps
     if analyzers:
         overrides["measure.analyzers"] = analyzers
+    if runner is not None:
+        overrides["measure.runner"] = runner
+    if workers is not None:
+        overrides["measure.workers"] = workers
     return resolve(series, overrides)
 
 

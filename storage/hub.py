@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode
 from filelock import FileLock
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from storage.claims import FolderClaim
 from storage.errors import DamagedCheckpointError, HubError, UsageError
 from storage.keys import digest, text_digests, weights_sha256
 from storage.local import HEADER_LIMIT, usual_dtype
@@ -370,6 +371,12 @@ def fetch_texts(checkpoint: Checkpoint, scratch: Path) -> Path:
     folder = scratch / "tokenizers" / checkpoint.series / checkpoint.run
     complete = folder / ".complete"
     if not complete.exists():
-        _fetch_all(checkpoint, _texts(tree(checkpoint), []), folder, None)
-        complete.touch()
+        claim = FolderClaim(folder.with_name(f"{folder.name}.lock"))
+        claim.take(wait=True)  # several workers of a machine begin at the same time
+        try:
+            if not complete.exists():
+                _fetch_all(checkpoint, _texts(tree(checkpoint), []), folder, None)
+                complete.touch()
+        finally:
+            claim.drop()
     return folder

@@ -2,16 +2,16 @@
 
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Event
 
-from storage.claims import Claim
+from storage.claims import FolderClaim
 from storage.errors import NoAnswerError, OntogenyError
 from storage.series import Checkpoint
 from storage.sources import download, download_bytes, evict, folder_of
-from storage.store import Store
 
 # Left free on the disk, whatever the budget says: tables, logs and other programs need some.
 _RESERVE = 500_000_000
@@ -86,7 +86,7 @@ class _Held:
     readers: int = 0
     folder: Path | None = None
     size: int = 0
-    claim: Claim | None = None
+    claim: FolderClaim | None = None
 
 
 class Shelf:
@@ -96,8 +96,7 @@ class Shelf:
     is still there. One thread opens; any may say that it is done.
     """
 
-    def __init__(self, store: Store, scratch: Path, budget: int | None, keep: bool) -> None:
-        self._store = store
+    def __init__(self, scratch: Path, budget: int | None, keep: bool) -> None:
         self._scratch = scratch
         self._keep = keep
         scratch.mkdir(parents=True, exist_ok=True)
@@ -158,16 +157,19 @@ class Shelf:
         folder = folder_of(held.checkpoint, self._scratch)
         if self._keep:
             return folder
-        for place in (folder, folder.with_name(f"{folder.name}-{os.getpid()}")):
+        name = f"{folder.name}-{os.getpid()}"
+        # The last one is for the second walk of a process.
+        for place in (folder, folder.with_name(name), folder.with_name(f"{name}-{uuid.uuid4().hex[:8]}")):
             claim = self._claim(place)
             if claim.take(wait=False):
                 held.claim = claim
                 return place
         raise OntogenyError(f"{held.checkpoint.label}: {str(folder)!r} is in use twice by this process")
 
-    def _claim(self, folder: Path) -> Claim:
+    def _claim(self, folder: Path) -> FolderClaim:
+        """A lock beside the scratch folder, on this machine's disk wherever the tables are."""
         series, run, name = folder.parts[-3:]
-        return Claim(self._store, series, run, f"{name}.folder")
+        return FolderClaim(self._scratch.with_name("locks") / series / run / f"{name}.folder.lock")
 
     def done(self, checkpoint: Checkpoint) -> None:
         """One reader of a checkpoint less; the last one's leaving deletes the download."""

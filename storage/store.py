@@ -135,12 +135,20 @@ class Store:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = str(root)
-        self.fs, self.path = fsspec.core.url_to_fs(self.root)
+        try:
+            self.fs, self.path = fsspec.core.url_to_fs(self.root)
+        except (ImportError, ValueError) as error:  # no package for it is installed, or nobody knows it
+            raise UsageError(f"root {self.root!r} cannot be opened: {error}") from None
 
     @property
     def is_local(self) -> bool:
         """Whether the root is a folder of this machine."""
         return "file" in _protocols(self.fs)
+
+    @property
+    def is_s3(self) -> bool:
+        """Whether the root is a bucket, or a folder in one, of an S3-compatible store."""
+        return "s3" in _protocols(self.fs)
 
     def _folder(self, table: str, series: str | None = None, run: str | None = None) -> str:
         parts = [self.path, "tables", _spec(table).name]

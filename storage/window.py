@@ -70,7 +70,7 @@ class Window:
         self._store = store
         self._ahead = ahead
         self._compared = compared
-        self._shelf = Shelf(store, scratch, budget, keep)
+        self._shelf = Shelf(scratch, budget, keep)
 
     def walk(
         self, checkpoints: Sequence[Checkpoint], needed: Callable[[Checkpoint], bool]

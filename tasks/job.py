@@ -1,5 +1,6 @@
 """What a worker is told: which analyzers, on which probe, in which dtype, into which root."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from storage.probe import ProbeConfig
 HarvestMode = Literal["activations", "unembedding", "embedding"]
 """What the rows of a pool are: activations of tokens, or rows of W_U or W_E."""
 SITES_OF_BLOCKS = ("resid_post", "attn_out", "mlp_out")
+SCRATCH = "ONTOGENY_SCRATCH"
+"""Environment variable that names the folder under which downloads lie."""
 SNAPSHOTS = 32
 """Snapshots of a run where no steps are named, at most."""
 
@@ -48,8 +51,12 @@ class MeasureJob(BaseModel):
 
     @property
     def scratch(self) -> Path:
-        """Folder for downloads: beside the tables, or the current folder's if ROOT is a URL."""
-        return Path("ontogeny-scratch") if "://" in self.root else Path(self.root) / "scratch"
+        """Folder for downloads, on this machine's disk: under ONTOGENY_SCRATCH, else ROOT.
+
+        If ROOT is a URL, ``ontogeny-scratch`` in the current folder.
+        """
+        base = self.root if "://" not in self.root else "ontogeny-scratch"
+        return Path(os.environ.get(SCRATCH, base)) / "scratch"
 
     @property
     def kept(self) -> Path:

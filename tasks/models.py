@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _TOKENIZER_FILES = (
 )
 
 
+# While a model is made, transformers and torch change what is global to the process: one thread at a time.
+_loading = RLock()  # a loader of one's own may call load_adapter
 _probes: dict[tuple[str, ProbeConfig, str], Probe] = {}
 
 
@@ -56,7 +59,8 @@ def load_model(folder: Path, dtype: str, device: str, loader: str | None = None)
         UsageError, LoaderError: as :func:`tasks.loader.load_own`.
     """
     if loader is not None:
-        own = load_own(loader, folder)
+        with _loading:
+            own = load_own(loader, folder)
         own.model.to(device=choose_device(device), dtype=getattr(torch, dtype))
         return own
     return load_adapter(folder, dtype, device)
@@ -77,14 +81,15 @@ def load_adapter(folder: Path, dtype: str, device: str) -> Adapter:
     # Before transformers, which has another sentence for architectures that it does not know.
     family_of(_config(folder).get("model_type", ""))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
+    with _loading:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     if report["missing_keys"]:
         first = sorted(report["missing_keys"])[0]
         raise DamagedCheckpointError(

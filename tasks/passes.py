@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import local
 
 import torch
 
@@ -24,8 +25,16 @@ from tasks.models import load_model
 
 # What comparisons read, by weights and protocol, newest last: of the first, the previous and the last
 # checkpoint, this one, and the one that goes next. It only saves passes: what is not here is computed again.
-_samples: OrderedDict[str, Mapping[Spec, State]] = OrderedDict()
+# Each thread has its own: another walk's checkpoints would push them out.
 _SAMPLES_KEPT = 5
+
+
+class _Samples(local):
+    def __init__(self) -> None:
+        self.kept: OrderedDict[str, Mapping[Spec, State]] = OrderedDict()
+
+
+_samples = _Samples()
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,11 @@ class Passes:
     def compared(self, checkpoint: Checkpoint, folder: Path) -> Mapping[Spec, State]:
         """What comparisons read of another checkpoint, kept from the pass over it or from a pass now."""
         key = self._key(checkpoint)
-        if key not in _samples:
+        kept = _samples.kept
+        if key not in kept:
             self._keep(checkpoint, self._pass(self._load(folder), self._comparers))
-        _samples.move_to_end(key)
-        return _samples[key]
+        kept.move_to_end(key)
+        return kept[key]
 
     def _load(self, folder: Path) -> Model:
         return load_model(folder, self._job.dtype, self._job.device, self._job.loader)
@@ -141,10 +151,11 @@ class Passes:
             seen = [reader for reader in self._comparers if reader.name not in found.absent]
             specs = [spec for reader in seen for spec in reader.needs(found.shape)]
             key = self._key(checkpoint)
-            _samples[key] = {spec: found.states[spec] for spec in specs}
-            _samples.move_to_end(key)  # it may have been there from an earlier call
-            while len(_samples) > _SAMPLES_KEPT:
-                _samples.popitem(last=False)
+            kept = _samples.kept
+            kept[key] = {spec: found.states[spec] for spec in specs}
+            kept.move_to_end(key)  # it may have been there from an earlier call
+            while len(kept) > _SAMPLES_KEPT:
+                kept.popitem(last=False)
 
     def _key(self, checkpoint: Checkpoint) -> str:
         comparers = [[c.name, c.version, c.parameters.model_dump(mode="json")] for c in self._comparers]

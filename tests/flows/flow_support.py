@@ -43,7 +43,7 @@ main()
 """
 
 
-def measured_rows(root: Path, table: str) -> pd.DataFrame:
+def measured_rows(root: Path | str, table: str) -> pd.DataFrame:
     """All rows of a table but for the time of writing, in an order of their own."""
     frame = open_root(root).table(table, history=True).to_pandas().drop(columns="recorded_at")
     keys = ("run", "step", "analyzer", "metric", "site", "layer", "head", "half", "centered")

@@ -157,6 +157,11 @@ def test_root_may_be_any_fsspec_url() -> None:
     assert open_root(f"memory://{uuid.uuid4().hex}").series() == []
 
 
+def test_a_root_that_nobody_can_open_is_one_sentence() -> None:
+    with pytest.raises(UsageError, match=r"'nowhere://x' cannot be opened"):
+        open_root("nowhere://x")
+
+
 def test_series_are_those_with_a_table(tmp_path: Path) -> None:
     store = open_root(tmp_path)
     assert store.series() == []
