@@ -125,7 +125,12 @@ def test_workers_end_with_the_flow_and_the_next_call_equals_one_undisturbed(
 ) -> None:
     call = ("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *SMALL)
     spread = ("--runner", "processes", "--workers", "2")
-    flow = subprocess.Popen([sys.executable, "-m", "flows.cli", *call, *spread], env=environment)
+    flow = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *call, *spread],
+        env=environment,
+        # A shell lets what it starts in the background ignore interrupts, and the tests may be that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = tmp_path / "tables" / "metrics"
     while len(list(metrics.rglob("loss-*.parquet"))) < 1:
         assert flow.poll() is None
