@@ -119,9 +119,8 @@ def test_a_worker_that_dies_is_recorded_and_the_next_call_goes_on(
     assert len(loss) == 8
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_flow_and_the_next_call_equals_one_undisturbed(
-    how: signal.Signals, alone: Path, tiny_series: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
+    alone: Path, tiny_series: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
 ) -> None:
     call = ("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *SMALL)
     spread = ("--runner", "processes", "--workers", "2")
@@ -131,7 +130,7 @@ def test_workers_end_with_the_flow_and_the_next_call_equals_one_undisturbed(
         assert flow.poll() is None
         time.sleep(0.02)
     workers = psutil.Process(flow.pid).children(recursive=True)
-    os.kill(flow.pid, how)
+    os.kill(flow.pid, signal.SIGKILL)
     flow.wait(120)
     _, alive = psutil.wait_procs(workers, timeout=120)
     assert not alive
