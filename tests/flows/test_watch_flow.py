@@ -15,9 +15,12 @@ from flow_support import Cli
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from safetensors.torch import load_file, save_file
 
+from flows.config import resolve
 from flows.serving import bootstrap
-from flows.watch import alerts
+from flows.watch import alerts, watched
 from storage import Store, open_root
+from storage.errors import UsageError
+from tasks.provenance import invocation
 
 SMALL = (
     "probe.length=32",
@@ -82,6 +85,21 @@ def test_alerts_are_flags_and_first_visits_of_states(tmp_path: Path) -> None:
     assert [(a.kind, a.run, a.step, a.state) for a in found] == [("new-phase", "b", 3, 2)]
     assert found[0].sentence == "s/b, step 3: the run is in state 2 for the first time"
     assert alerts(store, "s", "other model", None) == []
+
+
+def test_a_series_is_watched_as_it_was_measured_last(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(UsageError, match="no series measured yet"):
+        watched(store, None)
+    for steps in ("0..2", "0..8"):
+        config = resolve("specimen", {"measure.steps": steps})
+        with invocation(store, "specimen", "measure", config.model_dump(mode="json")):
+            pass
+    with invocation(store, "imported", "states", {}):
+        pass
+    assert watched(store, None) == [config] == watched(store, "specimen")
+    with pytest.raises(UsageError, match="'imported' not measured yet"):
+        watched(store, "imported")
 
 
 @pytest.fixture
