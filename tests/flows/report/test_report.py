@@ -1,5 +1,7 @@
 """The report on a store with known answers: its sentences, its data, and the page in a real Chromium."""
 
+import base64
+import gzip
 import json
 import os
 import re
@@ -33,23 +35,36 @@ class _Elements(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
         self.json = ""
+        self.packed = ""
         self._inside = ""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag in ("script", "style"):
-            self._inside = "data" if dict(attrs).get("id") == "report-data" else tag
+            self._inside = dict(attrs).get("id") or tag
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("script", "style"):
             self._inside = ""
 
     def handle_data(self, data: str) -> None:
-        if self._inside == "data":
+        if self._inside == "report-data":
             self.json += data
+        elif self._inside == "values-packed":
+            self.packed += data
         elif not self._inside:
             self.text.append(data)
+
+
+def _values(elements: _Elements) -> list[list[list[float]]]:
+    """Values by trajectory, run and step as the page packs them, NaN where absent."""
+    data = json.loads(elements.json)
+    raw = np.frombuffer(gzip.decompress(base64.b64decode(elements.packed)), dtype=np.uint8)
+    upper = np.ascontiguousarray(raw.reshape(4, -1).T).view(">u4")[:, 0].astype(np.uint64)
+    flat = iter((upper << np.uint64(32)).view(np.float64).tolist())
+    rounded = (float(f"{value:.{data['digits']}g}") for value in flat)
+    return [[[next(rounded) for _ in run["steps"]] for run in data["runs"]] for _ in data["trajectories"]]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +90,7 @@ def test_page_refers_to_nothing_outside(elements: _Elements, report_page: str) -
 
 
 def test_text_from_tables_is_escaped(elements: _Elements, report_page: str) -> None:
-    assert [tag for tag, _ in elements.tags].count("script") == 3  # plotly, data, ours
+    assert [tag for tag, _ in elements.tags].count("script") == 4  # plotly, values, data, ours
     assert "img" not in [tag for tag, _ in elements.tags]
     assert "<script>alert(1)" not in report_page
     text = "".join(elements.text)
@@ -91,7 +106,7 @@ def test_markup_in_names_cannot_leave_the_embedded_data(tmp_path: Path) -> None:
     rows = [{"step": 0, "analyzer": name, "metric": name, "site": name, "value": 1.0}]
     store.write("metrics", rows, series="s", run="r", name="x")
     elements = _Elements(render_report(store, "s"))
-    assert [tag for tag, _ in elements.tags].count("script") == 3
+    assert [tag for tag, _ in elements.tags].count("script") == 4
     assert json.loads(elements.json)["trajectories"][0]["metric"] == name
 
 
@@ -164,10 +179,11 @@ def test_gaps_stay_null(elements: _Elements) -> None:
     start = data["trajectories"][data["start"]]
     assert (start["metric"], start["site"], start["layer"]) == ("rankme_cov", "resid_post", 3)
     seed1, seed2 = data["runs"][0], data["runs"][1]
-    assert start["values"][0][seed1["steps"].index(8)] is None
-    assert start["values"][0][seed1["steps"].index(16)] == 38.125
+    values = _values(elements)[data["start"]]
+    assert np.isnan(values[0][seed1["steps"].index(8)])
+    assert values[0][seed1["steps"].index(16)] == 38.125
     failed = seed2["steps"].index(128)
-    assert start["values"][1][failed] is None
+    assert np.isnan(values[1][failed])
     assert seed2["states"][failed] is None
     assert start["n"] == [4096, 4096]
     assert "spectra 2; probe 9f86d081884c7d65; dtype float32" in data["protocols"]["spectra"]
@@ -362,6 +378,12 @@ def browser() -> Any:
         opened.close()
 
 
+def _open(page: Any, path: Path) -> None:
+    """Go to a report and wait until it has unpacked itself and drawn its plots."""
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]", timeout=30_000, state="attached")
+
+
 @pytest.fixture
 def opened(browser: Any, report_page: str, tmp_path: Path) -> Any:
     """The page in a browser, watched for errors and requests; both are checked when the test ends."""
@@ -376,7 +398,7 @@ def opened(browser: Any, report_page: str, tmp_path: Path) -> Any:
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("dialog", lambda dialog: (troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda request: requests.append(request.url))
-    page.goto(path.as_uri())
+    _open(page, path)
     yield page
     context.close()
     assert troubles == []
@@ -443,7 +465,7 @@ def test_pickers_change_the_plots(opened: Any) -> None:
     opened.locator("#line-metric").select_option(label="loss")
     assert _lines(opened)[0]["y"][0] == 7
     assert opened.locator("#line-layer").is_disabled()
-    opened.get_by_label("Step axis").select_option("linear")
+    opened.get_by_label("Scale").select_option("linear")
     assert _lines(opened)[0]["x"][-1] == 1400
     opened.get_by_label("Run", exact=True).select_option("seed3")
     assert opened.evaluate("document.getElementById('heat-plot').data[0].z[0][0]") == 42.125
@@ -492,7 +514,7 @@ def test_phases_without_their_trajectory(browser: Any, tmp_path: Path) -> None:
     page = browser.new_page()
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto((tmp_path / "page.html").as_uri())
+    _open(page, tmp_path / "page.html")
     assert "no longer shows the trajectory" in page.locator("#phase-caption").inner_text()
     page.close()
     assert troubles == []
@@ -534,7 +556,7 @@ def test_growth_curves_are_drawn_over_their_values(browser: Any, growth_store: S
     page = browser.new_page()
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto((tmp_path / "page.html").as_uri())
+    _open(page, tmp_path / "page.html")
     script = "document.getElementById('growth-plot').data.map((t) => [t.mode, [...t.x], [...t.y]])"
     dots, line = page.evaluate(script)
     assert (dots[0], line[0]) == ("markers", "lines")
@@ -587,7 +609,7 @@ def test_births_are_marked_on_the_map_of_heads(browser: Any, heads_store: Store,
     page = browser.new_page()
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto((tmp_path / "page.html").as_uri())
+    _open(page, tmp_path / "page.html")
     script = "document.getElementById('heads-plot').data.map((t) => [t.type, [...t.x], [...t.y]])"
     heat, marks = page.evaluate(script)
     assert (heat[0], heat[2][0], len(heat[2])) == ("heatmap", "1.0", 4)
@@ -625,8 +647,8 @@ def test_keyboard_reaches_the_controls_in_order(opened: Any) -> None:
         if reached[-1] == "heat-csv":
             break
     # With the fixture's single layered metric there is nothing to pick, so those two are not stops.
-    wanted = ["#summary", "theme", "#trajectories", "#protocol"]
-    wanted += ["line-metric", "line-site", "line-layer", "step-axis", "value-axis", "line-csv"]
+    wanted = ["#summary", "theme", "#trajectories", "#protocol", "step-unit", "step-axis", "link-axes"]
+    wanted += ["line-metric", "line-site", "line-layer", "value-axis", "line-csv"]
     wanted += ["heat-run", "heat-colors", "heat-csv"]
     places = [reached.index(name) for name in wanted]
     assert places == sorted(places)
@@ -689,7 +711,7 @@ def test_a_page_without_measurements_opens(browser: Any, report_store: Store, tm
     page = browser.new_page()
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto(path.as_uri())
+    _open(page, path)
     page.get_by_role("button", name="Dark theme").click()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.close()
