@@ -8,6 +8,7 @@ import base64
 import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,7 +18,7 @@ from flows.report.data import Run, Trajectory
 
 # Significant digits, and the bits of a mantissa that tell any two numbers of so many digits apart.
 BITS = {5: 17, 4: 14, 3: 10}
-# Characters that the values of a page may take; plotly.js takes 2 million of the 8 million that can be mailed.
+# Characters that the values of a page may take; plotly.js takes 2 million of the 8 million to be mailed.
 LIMIT = 5_000_000
 
 
@@ -29,6 +30,7 @@ class Packed:
     digits: int
 
 
+@cache
 def packed_plotly() -> str:
     """plotly.js as base64 of gzip."""
     return _base64(get_plotlyjs().encode())
@@ -37,9 +39,9 @@ def packed_plotly() -> str:
 def pack_values(trajectories: Sequence[Trajectory], runs: Sequence[Run]) -> Packed:
     """All values, by trajectory, run and step, at as many digits as fit; an absent value is NaN.
 
-    Of each value in double precision the page holds the upper 32 bits, rounded, as four planes of bytes: first
-    the highest bytes of all values, then the next. Rounding first to the digits and then to the bits makes a
-    number of so many digits come back exactly.
+    Of each value in double precision the page holds the upper 32 bits, rounded, as four planes of bytes:
+    first the highest bytes of all values, then the next. Rounding first to the digits and then to the bits
+    makes a number of so many digits come back exactly.
     """
     absent = {len(run.steps): np.full(len(run.steps), np.nan) for run in runs}
     parts = [

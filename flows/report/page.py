@@ -13,6 +13,7 @@ from flows.report import baselines, drivers, growth, heads, outcomes, phases, st
 from flows.report.data import Protocol, ReportData, Row, Trajectory, read_json
 from flows.report.pack import pack_values, packed_plotly
 from flows.report.selection import HEIGHT, WIDTH, panels
+from flows.report.stages import stages
 from flows.report.summary import lasting, summarize
 from flows.report.training_map import draw, ink_on, state_colors
 
@@ -53,6 +54,7 @@ def render(data: ReportData) -> str:
         colors=colors,
         inks=[ink_on(color) for color in colors],
         walks=walks,
+        stages=stages(data, walks),
         changes=training_map.changes(walks),
         odd=states.oddities(walks),
         caveats=states.caveats(chosen) if chosen is not None else [],
@@ -129,8 +131,13 @@ def payload(
 def _about(names: set[str]) -> dict[str, dict[str, str]]:
     """Formula, unit and range of the metrics that analyzers document; those from elsewhere have none."""
     known = {metric.name: metric for cls in load_all().values() for metric in cls.metrics}
+    # A metric without a dimension has the unit 1, which says nothing on an axis.
     return {
-        name: {"formula": known[name].formula, "unit": known[name].unit, "range": known[name].range}
+        name: {
+            "formula": known[name].formula,
+            "unit": "" if known[name].unit == "1" else known[name].unit,
+            "range": known[name].range,
+        }
         for name in sorted(names & known.keys())
     }
 

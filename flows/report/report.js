@@ -231,6 +231,11 @@
     for (const [select, level] of chain) select.append(new Option("", level.key(start), true, true));
     for (const [select] of chain) select.addEventListener("change", () => { refresh(); changed(); });
     refresh();
+    refresh.choose = (t) => {
+      for (const [select, level] of chain) select.replaceChildren(new Option("", level.key(t), true, true));
+      refresh();
+      changed();
+    };
     return refresh;
   }
 
@@ -281,7 +286,7 @@
   const caption = (t) => {
     const count = t.n === null ? "" : ` n = ${t.n[0] === t.n[1] ? spell(t.n[0]) : `${spell(t.n[0])} to ${spell(t.n[1])}`} observations per value.`;
     const about = data.metrics[t.metric];
-    const meaning = about ? ` It is ${about.formula}; unit ${about.unit}, range ${about.range}.` : "";
+    const meaning = about ? ` It is ${about.formula}; ${about.unit ? `unit ${about.unit}` : "no unit"}, range ${about.range}.` : "";
     return `${t.metric}, ${placeOf(t)}.${meaning}${count} Protocol: ${data.protocols[t.analyzer] || "not recorded"}.`;
   };
 
@@ -664,5 +669,11 @@
   });
 
   // `ontogeny report --format` waits for this, and reads the plots as pictures.
+  const show = (i) => {
+    const t = data.trajectories[i];
+    if (pickLine) pickLine.choose(t);
+    if (pickHeat && t.layer !== null) pickHeat.choose(t);
+  };
+  window.ontogenyReport = { show };
   root.dataset.ready = "yes";
 })();
