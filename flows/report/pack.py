@@ -73,4 +73,4 @@ def planes(values: Float64[np.ndarray, "n"], bits: int) -> bytes:
 
 
 def _base64(raw: bytes) -> str:
-    return base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode()

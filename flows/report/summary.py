@@ -181,7 +181,11 @@ def _quality(data: ReportData) -> Point:
         sentences.append("No checkpoint failed.")
     absent = sum(row["absent"] for row in data.noted)
     if absent:
-        sentences.append(f"{plural(absent, 'value')} could not be computed; lines have gaps there.")
+        often = max(data.noted, key=lambda row: row["absent"])
+        sentences.append(
+            f"{plural(absent, 'value')} could not be computed; lines have gaps there. Most often: "
+            f"{_short(str(often['note']))} ({often['metric']})."
+        )
     mixed = [name for name, n in Counter(p.analyzer for p in data.protocols).items() if n > 1]
     if mixed:
         sentences.append(f"Runs were measured under different protocols by {join(mixed)}.")

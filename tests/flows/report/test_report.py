@@ -98,7 +98,8 @@ def test_summary_says_what_is_known(report_store: Store) -> None:
             "1 checkpoint failed and remains unmeasured, in part or whole.",
             "Failed: seed2 step 128; last reason: truncated </script><img src=x>.",
             "1 failed attempt succeeded on another try.",
-            "1 value could not be computed; lines have gaps there.",
+            "1 value could not be computed; lines have gaps there. Most often: "
+            "the covariance has no rank <b>here</b> (rankme_cov).",
         ],
     }
 

@@ -9,12 +9,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from report_pages import Elements, download, unpacked
 
 from analyzers.latent.training_map import Stay
 from analyzers.registry import load_all
 from flows.report import render_report
+from flows.report.crowding import thinned
 from flows.report.data import Run, Trajectory, collect
 from flows.report.figures import draw_figures
 from flows.report.pack import pack_values
@@ -246,3 +248,15 @@ def test_pictures_that_cannot_be_drawn(report_store: Store, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
     with pytest.raises(UsageError, match="pictures need Playwright and a Chromium"):
         draw_figures(report_store, "toy", "png")
+
+
+def test_a_crowded_page_keeps_some_layers_of_most_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = [(m, layer, step) for m in "ab" for layer in [None, *range(9)] for step in range(10)]
+    metrics = pd.DataFrame(place, columns=["metric", "layer", "step"]).astype({"layer": "Int64"})
+    assert thinned(metrics, [], []).all()
+    monkeypatch.setattr("flows.report.crowding.MOST_VALUES", 150)
+    kept = metrics[thinned(metrics, [], [{"metrics": ["b[resid_post.3]"]}])]
+    assert len(kept) <= 150
+    found = {m: sorted(kept[kept["metric"] == m]["layer"].dropna().unique()) for m in "ab"}
+    assert found == {"a": [0, 3, 5, 8], "b": list(range(9))}
+    assert kept["layer"].isna().sum() == 20
