@@ -1,7 +1,8 @@
 """The registry of analyzers: built-in ones, and third parties' by the entry-point group below."""
 
 import difflib
-from importlib.metadata import entry_points
+import warnings
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from analyzers.base import Analyzer
@@ -53,8 +54,33 @@ def load_all() -> dict[str, type[Analyzer]]:
     import analyzers.weights  # noqa: F401
 
     for point in entry_points(group=ENTRY_POINTS):
-        register(point.load())
+        _load(point)
     return dict(sorted(_registry.items()))
+
+
+# Third parties' entry points that were warned of: every command asks for all analyzers, several times.
+_broken: set[str] = set()
+
+
+def _load(point: EntryPoint) -> None:
+    """Register a third party's analyzer; one that fails is named in a warning, and the others go on."""
+    try:
+        cls = point.load()
+        if not (isinstance(cls, type) and issubclass(cls, Analyzer)):
+            raise TypeError("it is no subclass of Analyzer")
+        register(cls)
+    except Exception as error:  # whatever a package of others raises
+        if point.value in _broken:
+            return
+        _broken.add(point.value)
+        package = f" of {point.dist.name}" if point.dist is not None else ""
+        reason = str(error).strip().partition("\n")[0]
+        what = f"the analyzer {point.name!r} ({point.value}){package}"
+        warnings.warn(
+            f"{what} is left out: {type(error).__name__}: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def find(name: str) -> type[Analyzer]:

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -14,6 +14,7 @@ from rich.table import Table
 from flows import printing
 from flows.options import (
     AnalyzerOption,
+    ReportFormat,
     RootOption,
     RunnerOption,
     SeriesArgument,
@@ -27,6 +28,7 @@ from flows.options import (
 )
 from flows.printing import out
 from storage.errors import OntogenyError, UsageError
+from storage.secrets import redact
 from storage.store import DEFAULT_ROOT, Store
 from storage.tables import TABLES
 
@@ -228,16 +230,38 @@ def _measure_from_spectra(config: Any, root: str, dry_run: bool) -> NoReturn:
 
 
 @app.command()
-def report(series: SeriesArgument, root: RootOption = DEFAULT_ROOT) -> None:
-    """Write the report of a series: one page that needs no network.
+def report(
+    series: SeriesArgument,
+    format_: Annotated[
+        ReportFormat, typer.Option("--format", help="html: the page; png or svg: pictures of its plots")
+    ] = ReportFormat.HTML,
+    plot: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plot drawn as a picture: trajectories, layers, phases, growth, heads, map, pieces"
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="trajectory drawn, for instance rankme_cov[resid_post.3]")
+    ] = None,
+    root: RootOption = DEFAULT_ROOT,
+) -> None:
+    """Write the report of a series: one page that needs no network, or pictures of its plots.
 
-    SERIES may also be the name of any series in the store.
+    SERIES may also be the name of any series in the store. Pictures need the extra "figures" and a Chromium.
     """
-    from flows.render import report_series
+    from flows.render import figures_of_series, report_series
 
     name = in_store(series, root)
+    if format_ is ReportFormat.HTML and (plot or metric):
+        raise UsageError("--plot and --metric are for pictures: add --format png or --format svg")
     quiet()
-    out.print(f"report: {report_series(name, root)}")
+    if format_ is ReportFormat.HTML:
+        out.print(f"report: {report_series(name, root)}")
+        return
+    kind: Literal["png", "svg"] = "svg" if format_ is ReportFormat.SVG else "png"
+    for path in figures_of_series(name, kind, plot, metric, root):
+        out.print(f"picture: {path}")
 
 
 @app.command("list")
@@ -304,7 +328,7 @@ def main() -> None:
 
 
 def _say(error: object, code: int) -> int:
-    print(f"ontogeny: {error}", file=sys.stderr)
+    print(f"ontogeny: {redact(str(error))}", file=sys.stderr)
     return code
 
 

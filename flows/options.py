@@ -2,6 +2,7 @@
 
 import logging
 import os
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class ReportFormat(StrEnum):
+    """What `report` writes: the page, or pictures of its plots."""
+
+    HTML = "html"
+    PNG = "png"
+    SVG = "svg"
+
 
 SeriesArgument = Annotated[
     str,

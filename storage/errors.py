@@ -1,13 +1,19 @@
 """Errors that a person reads as one sentence."""
 
+from storage.secrets import redact
+
 
 class OntogenyError(Exception):
     """Something that one sentence explains; the command line prints it without a traceback.
 
-    ``kind`` is the kind of audit finding that it makes of a checkpoint, one of :data:`storage.audit.KINDS`.
+    Secrets in the sentence are hidden: it reaches logs and tables. ``kind`` is the kind of audit finding that
+    it makes of a checkpoint, one of :data:`storage.audit.KINDS`.
     """
 
     kind = "damaged"
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(redact(text))
 
 
 class UsageError(OntogenyError):

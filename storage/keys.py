@@ -9,7 +9,8 @@ from typing import Any
 
 from storage.errors import UsageError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# File systems allow 255 bytes for a name, of which suffixes and temporary names take some.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,179}")
 
 # What the Hub keeps in LFS unless a repository says otherwise; of its longer list, what holds weights.
 LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".pkl")
@@ -98,6 +99,6 @@ def check_name(kind: str, name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{kind} name {name!r} is not usable: letters, digits, '.', '_' and '-' only, "
-            "beginning with a letter or digit"
+            "beginning with a letter or digit, 180 at the most"
         )
     return name

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from storage.errors import UsageError
 from storage.keys import check_name
+from storage.secrets import LOGIN, redacted
 from storage.tables import SCHEMA_VERSION, TABLES, TableSpec
 
 DEFAULT_ROOT = "ontogeny-data"
@@ -130,11 +131,25 @@ def column_name(metric: str, site: str | None, layer: int | None, head: int | No
     return f"{metric}[{place}]" if place else metric
 
 
+def _without_login(root: str) -> str:
+    """``root`` if it holds no login: logs and artifacts name the paths of tables.
+
+    Raises:
+        UsageError: it does.
+    """
+    if LOGIN.search(root):
+        raise UsageError(
+            f"the root {root!r} holds a login: give user and password by the environment, or by the settings "
+            "of the object store's client"
+        )
+    return root
+
+
 class Store:
     """All tables under one root."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = str(root)
+        self.root = _without_login(str(root))
         try:
             self.fs, self.path = fsspec.core.url_to_fs(self.root)
         except (ImportError, ValueError) as error:  # no package for it is installed, or nobody knows it
@@ -170,7 +185,7 @@ class Store:
         """Write ``rows`` as one file called ``name``; all of it appears at once, or nothing.
 
         Columns ``series``, ``run`` and ``recorded_at`` are filled in where a row lacks them. No rows make a
-        file without rows: a result that is complete and empty.
+        file without rows: a result that is complete and empty. Secrets in texts are written as ``***``.
 
         Raises:
             ValueError: a row has a column that the table lacks.
@@ -183,7 +198,7 @@ class Store:
         for row in rows:
             if unknown := set(row) - known:
                 raise ValueError(f"table {table!r} has no column {sorted(unknown)}")
-            filled.append({**{k: v for k, v in defaults.items() if k in known}, **row})
+            filled.append({**{k: v for k, v in defaults.items() if k in known}, **redacted(row)})
         about = {"schema_version": SCHEMA_VERSION, "table": table, **(metadata or {})}
         schema = spec.schema.with_metadata({"ontogeny": json.dumps(about, sort_keys=True, default=str)})
         sink = pa.BufferOutputStream()
@@ -217,8 +232,12 @@ class Store:
 
     def write_text(self, relative: str, text: str) -> str:
         """Write a text file (a report) under the root, all of it at once; return its path."""
+        return self.write_bytes(relative, text.encode())
+
+    def write_bytes(self, relative: str, raw: bytes) -> str:
+        """Write a file (a picture) under the root, all of it at once; return its path."""
         path = f"{self.path}/{relative}"
-        self._put(path, text.encode())
+        self._put(path, raw)
         return path
 
     def files(self, table: str, series: str | None = None, run: str | None = None) -> list[str]:

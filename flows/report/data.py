@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analyzers.head_births import HEADS_FORM
+from flows.report.crowding import thinned
 from storage import Store, UsageError
 from storage.store import column_name
 from tasks.training_log import ANALYZER
@@ -69,6 +70,7 @@ class ReportData:
     runs: list[Run]
     trajectories: list[Trajectory]
     heads_left_out: bool
+    layers_left_out: bool
     measured: set[tuple[str, int, str]]
     protocols: list[Protocol]
     noted: list[Row]
@@ -138,11 +140,14 @@ def collect(store: Store, series: str) -> ReportData:
     done = measured[["run", "step", "analyzer"]].drop_duplicates()
     curves = [_curve(row) for row in rows("curves")]
     crowded = int(metrics["head"].notna().sum()) > _MOST_HEAD_VALUES
+    shown = metrics[_worth(metrics, curves)] if crowded else metrics
+    kept = thinned(shown, curves, models)
     return ReportData(
         series=series,
         runs=runs,
-        trajectories=_trajectories(metrics[_worth(metrics, curves)] if crowded else metrics, runs),
+        trajectories=_trajectories(shown[kept], runs),
         heads_left_out=crowded,
+        layers_left_out=not kept.all(),
         measured={(str(run), int(step), str(a)) for run, step, a in done.itertuples(index=False)},
         protocols=_protocols(measured),
         noted=_noted(metrics),

@@ -6,12 +6,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from analyzers.latent import training_map
+from analyzers.registry import load_all
 from flows.report import baselines, drivers, growth, heads, outcomes, phases, states, text
 from flows.report.data import Protocol, ReportData, Row, Trajectory, read_json
+from flows.report.pack import pack_values, packed_plotly
 from flows.report.selection import HEIGHT, WIDTH, panels
+from flows.report.stages import stages
 from flows.report.summary import lasting, summarize
 from flows.report.training_map import draw, ink_on, state_colors
 
@@ -28,6 +30,7 @@ def render(data: ReportData) -> str:
     walks = states.paths(data)
     bands = baselines.payload(data.baselines, walks)
     chosen = data.chosen
+    packed = pack_values(data.trajectories, data.runs)
     colors = state_colors(1 + max((row.state for row in rows), default=-1))
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -51,6 +54,7 @@ def render(data: ReportData) -> str:
         colors=colors,
         inks=[ink_on(color) for color in colors],
         walks=walks,
+        stages=stages(data, walks),
         changes=training_map.changes(walks),
         odd=states.oddities(walks),
         caveats=states.caveats(chosen) if chosen is not None else [],
@@ -71,9 +75,13 @@ def render(data: ReportData) -> str:
         invocations=[_invocation_row(row) for row in data.provenance],
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "report.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
+        plotly=Markup(packed_plotly()),
+        packed=packed,
         payload=Markup(
-            _embed(payload(data, colors, phase_places, growth_places, head_maps) | {"bands": bands})
+            _embed(
+                payload(data, colors, phase_places, growth_places, head_maps)
+                | {"bands": bands, "digits": packed.digits}
+            )
         ),
     )
 
@@ -85,7 +93,7 @@ def payload(
     growth_places: list[growth.GrowthPlace],
     head_maps: list[heads.HeadMap],
 ) -> dict[str, Any]:
-    """What the script draws from: every trajectory once, with nulls where a value is absent."""
+    """What the script draws from: every trajectory once; its values are packed beside it."""
     return {
         "series": data.series,
         "runs": [
@@ -106,7 +114,6 @@ def payload(
                 "layer": t.layer,
                 "head": t.head,
                 "n": t.n,
-                "values": t.values,
             }
             for t in data.trajectories
         ],
@@ -117,6 +124,21 @@ def payload(
         "stateColors": colors,
         "stateInks": [ink_on(color) for color in colors],
         "protocols": _captions(data.protocols),
+        "metrics": _about({t.metric for t in data.trajectories}),
+    }
+
+
+def _about(names: set[str]) -> dict[str, dict[str, str]]:
+    """Formula, unit and range of the metrics that analyzers document; those from elsewhere have none."""
+    known = {metric.name: metric for cls in load_all().values() for metric in cls.metrics}
+    # A metric without a dimension has the unit 1, which says nothing on an axis.
+    return {
+        name: {
+            "formula": known[name].formula,
+            "unit": "" if known[name].unit == "1" else known[name].unit,
+            "range": known[name].range,
+        }
+        for name in sorted(names & known.keys())
     }
 
 

@@ -1,8 +1,45 @@
 // Draws the plots of the report from the data embedded in the page.
 "use strict";
-(() => {
+(async () => {
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("report-data").textContent);
+
+  // ---- unpacking: flows/report/pack.py is the other half
+
+  async function unpack(id) {
+    const raw = Uint8Array.from(atob(byId(id).textContent.trim()), (c) => c.charCodeAt(0));
+    return new Response(new Blob([raw]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+  }
+
+  if (!("DecompressionStream" in window)) {
+    byId("too-old").hidden = false;
+    return;
+  }
+  const library = document.createElement("script");
+  library.textContent = new TextDecoder().decode(await unpack("plotly-packed"));
+  document.head.append(library);
+  const planes = new Uint8Array(await unpack("values-packed")), total = planes.length / 4;
+  const bits = new DataView(new ArrayBuffer(8));
+  const valueAt = (i) => {
+    for (let plane = 0; plane < 4; plane++) bits.setUint8(plane, planes[plane * total + i]);
+    const value = bits.getFloat64(0);
+    return Number.isNaN(value) ? null : Number(value.toPrecision(data.digits));
+  };
+  // A page may hold millions of values, a plot shows a few thousand: they are unpacked where they are asked for.
+  let begin = 0;
+  const lengths = data.runs.map((run) => run.steps.length), stride = lengths.reduce((a, b) => a + b, 0);
+  for (const t of data.trajectories) {
+    const offset = begin;
+    let found;
+    Object.defineProperty(t, "values", { get: () => {
+      if (!found) {
+        let at = offset;
+        found = lengths.map((n) => { const values = Array.from({ length: n }, (_, i) => valueAt(at + i)); at += n; return values.some((v) => v !== null) ? values : null; });
+      }
+      return found;
+    } });
+    begin += stride;
+  }
   // A list of what is wanted: by default Plotly offers a button that uploads the chart to its makers.
   const config = {
     displaylogo: false, displayModeBar: true, responsive: true, plotlyServerURL: "",
@@ -16,41 +53,114 @@
   // Plotly reads a little HTML in its texts; names from tables must stay plain.
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const spell = (value) => value.toLocaleString("en-US", { maximumSignificantDigits: 6 });
-  const short = (step) => step >= 1e6 ? `${step / 1e6}M` : step >= 1e3 ? `${step / 1e3}k` : String(step);
+  const short = (x) => {
+    for (const [size, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) if (x >= size) return `${Number((x / size).toPrecision(4))}${letter}`;
+    return String(x);
+  };
   const siteName = (site) => site === null ? "whole model" : site;
+  const unitOf = (metric) => (data.metrics[metric] || {}).unit || "";
+  const titled = (metric) => plain(metric) + (unitOf(metric) ? ` (${plain(unitOf(metric))})` : "");
+  const measured = (metric, value) => `${plain(metric)} ${value === null ? "absent" : spell(value) + (unitOf(metric) ? ` ${plain(unitOf(metric))}` : "")}`;
   const layerName = (layer) => layer === null ? "none" : String(layer);
   const headName = (head) => head === null ? "all" : String(head);
   const placeOf = (t) => siteName(t.site) + (t.layer === null ? "" : `, layer ${t.layer}`) + (t.head === null ? "" : `, head ${t.head}`);
 
   // ---- the step axis
 
-  // log10(1 + step): linear around 0, logarithmic beyond, so that step 0 has a place.
-  const position = (step, scale) => scale === "linear" ? step : Math.log10(1 + step);
+  // Every plot over training shares this axis: what it counts, its scale, and the part that is zoomed into.
+  const chosenView = () => ({ unit: byId("step-unit") ? byId("step-unit").value : "step", scale: byId("step-axis") ? byId("step-axis").value : "symlog" });
+  const growing = (numbers) => numbers.every((x, i) => x !== null && (i === 0 || x > numbers[i - 1]));
+  const tokensKnown = data.runs.length > 0 && data.runs.every((run) => growing(run.tokens));
+  const pace = (run) => { const i = run.steps.findIndex((step) => step > 0); return i < 0 ? 1 : run.tokens[i] / run.steps[i] || 1; };
+  // Tokens of one step: where it differs between runs, what is said of all runs together has no place in tokens.
+  const paces = tokensKnown ? data.runs.map(pace) : [];
+  const onePace = paces.every((x) => x === paces[0]);
 
-  function stepAxis(runs, scale) {
-    const steps = runs.flatMap((run) => run.steps);
-    const first = Math.min(...steps), last = Math.max(...steps);
-    const ends = runs.flatMap((run) => cellEdges(run.steps, scale));
-    const axis = { title: { text: scale === "linear" ? "training step" : "training step (symlog)", font: { size: 13 }, standoff: 8 }, zeroline: false, range: [Math.min(...ends), Math.max(...ends)] };
-    if (scale === "linear") return axis;
-    const inside = (step) => step >= first && step <= last;
-    let ticks = [];
-    for (const digits of [[1], [1, 3], [1, 2, 5]]) {
-      ticks = first === 0 ? [0] : [];
-      for (let decade = 1; decade <= last; decade *= 10) ticks.push(...digits.map((d) => d * decade).filter(inside));
-      if (ticks.length >= 5) break;
-    }
-    return { ...axis, tickmode: "array", tickvals: ticks.map((step) => position(step, scale)), ticktext: ticks.map(short) };
+  function amount(run, step, view) {
+    if (view.unit === "step") return step;
+    if (!run) return onePace ? step * paces[0] : null;
+    const last = run.steps.length - 1;
+    let i = run.steps.findIndex((s) => s >= step);
+    if (i < 0) i = last;
+    if (run.steps[i] === step || last === 0) return run.tokens[i];
+    i = Math.max(i, 1);
+    const part = (step - run.steps[i - 1]) / (run.steps[i] - run.steps[i - 1]);
+    return run.tokens[i - 1] + part * (run.tokens[i] - run.tokens[i - 1]);
   }
 
-  // Edges of cells around steps: halfway to the neighbours on the axis as drawn.
-  function cellEdges(steps, scale) {
-    const at = steps.map((step) => position(step, scale));
+  // symlog is log10(1 + x), x in steps or in the tokens of one step: linear around 0, so that step 0 has a place.
+  function spot(x, view) {
+    if (x === null || view.scale === "linear") return x;
+    if (view.scale === "log") return x > 0 ? Math.log10(x) : null;
+    return Math.log10(1 + x / (view.unit === "token" ? Math.min(...paces) : 1));
+  }
+
+  const position = (step, view, run) => spot(amount(run, step, view), view);
+
+  function stepAxis(runs, view) {
+    const noun = view.unit === "token" ? "training tokens" : "training step";
+    const all = runs.flatMap((run) => run.steps.map((step) => amount(run, step, view)));
+    const first = Math.min(...all), last = Math.max(...all);
+    const ends = runs.flatMap((run) => cellEdges(run, view)).filter(Number.isFinite);
+    const whole = [Math.min(...ends), Math.max(...ends)];
+    const axis = { title: { text: view.scale === "linear" ? noun : `${noun} (${view.scale})`, font: { size: 13 }, standoff: 8 }, zeroline: false, range: zoom && linked() ? zoom : whole };
+    if (view.scale === "linear") return axis;
+    const inside = (x) => x >= first && x <= last;
+    const least = view.unit === "token" ? 10 ** Math.floor(Math.log10(Math.min(...paces))) : 1;
+    let ticks = [];
+    for (const digits of [[1], [1, 3], [1, 2, 5]]) {
+      ticks = first === 0 && view.scale === "symlog" ? [0] : [];
+      for (let decade = least; decade <= last; decade *= 10) ticks.push(...digits.map((d) => d * decade).filter(inside));
+      if (ticks.length >= 5) break;
+    }
+    return { ...axis, tickmode: "array", tickvals: ticks.map((x) => spot(x, view)), ticktext: ticks.map(short) };
+  }
+
+  // Edges of cells around steps: halfway to the neighbours on the axis as drawn. A logarithm leaves no place for
+  // step 0: its cell has no width.
+  function cellEdges(run, view) {
+    const at = run.steps.map((step) => position(step, view, run));
+    if (at[0] === null) {
+      if (at.length === 1) return [null, null];
+      const rest = halfway(at.slice(1));
+      return [rest[0], ...rest];
+    }
+    return halfway(at);
+  }
+
+  function halfway(at) {
     if (at.length === 1) return [at[0] - 0.5, at[0] + 0.5];
     const middle = at.slice(1).map((x, i) => (x + at[i]) / 2);
     const n = at.length;
     return [at[0] - (middle[0] - at[0]), ...middle, at[n - 1] + (at[n - 1] - middle[n - 2])];
   }
+
+  // ---- zooming one plot zooms the others
+
+  let zoom = null, following = false;
+  const linked = () => !byId("link-axes") || byId("link-axes").checked;
+
+  function link(plot) {
+    if (!plot || plot.dataset.linked || !plot.on) return;
+    plot.dataset.linked = "yes";
+    plot.on("plotly_relayout", async (change) => {
+      const from = change["xaxis.range[0]"] ?? (change["xaxis.range"] || [])[0];
+      const to = change["xaxis.range[1]"] ?? (change["xaxis.range"] || [])[1];
+      if (following || !linked() || (from === undefined && !change["xaxis.autorange"])) return;
+      following = true;
+      try {
+        zoom = change["xaxis.autorange"] || same([from, to], plot) ? null : [from, to];
+        if (zoom === null) drawAll();
+        else for (const other of plots()) if (other !== plot && other.layout) await Plotly.relayout(other, { "xaxis.range": [...zoom] });
+      } finally { following = false; }
+    });
+  }
+
+  // Back at the range that the axis had at first.
+  const same = ([from, to], plot) => {
+    const start = plot._fullLayout.xaxis._rangeInitial0 ?? null, end = plot._fullLayout.xaxis._rangeInitial1 ?? null;
+    return start !== null && Math.abs(from - start) + Math.abs(to - end) < 1e-9;
+  };
 
   // ---- theme
 
@@ -121,6 +231,11 @@
     for (const [select, level] of chain) select.append(new Option("", level.key(start), true, true));
     for (const [select] of chain) select.addEventListener("change", () => { refresh(); changed(); });
     refresh();
+    refresh.choose = (t) => {
+      for (const [select, level] of chain) select.replaceChildren(new Option("", level.key(t), true, true));
+      refresh();
+      changed();
+    };
     return refresh;
   }
 
@@ -133,19 +248,19 @@
   };
   const tokenText = (run, i) => run.tokens[i] === null ? "" : ` (${spell(run.tokens[i])} tokens)`;
 
-  function lineTraces(trajectory, scale) {
+  function lineTraces(trajectory, scale, bend = (value) => value) {
     return data.runs.map((run, r) => ({ run, r, values: trajectory.values[r] })).filter((line) => line.values).map(({ run, r, values }) => ({
       type: "scatter", mode: "lines+markers", name: plain(run.name), connectgaps: false,
-      x: run.steps.map((step) => position(step, scale)), y: values,
+      x: run.steps.map((step) => position(step, scale, run)), y: values.map(bend),
       line: { width: 2, color: color(`--run-${r % runColors}`), dash: dashes[Math.floor(r / runColors) % dashes.length] },
       marker: { size: run.steps.length > 60 ? 3 : 5 },
-      customdata: run.steps.map((step, i) => `step ${spell(step)}${tokenText(run, i)}<br>${plain(trajectory.metric)} ${values[i] === null ? "" : spell(values[i])}${stateText(run, i)}`),
+      customdata: run.steps.map((step, i) => `step ${spell(step)}${tokenText(run, i)}<br>${measured(trajectory.metric, values[i])}${stateText(run, i)}`),
       hovertemplate: "<b>%{fullData.name}</b><br>%{customdata}<extra></extra>",
     }));
   }
 
   function stays(run, scale) {
-    const edges = cellEdges(run.steps, scale), found = [];
+    const edges = cellEdges(run, scale), found = [];
     run.states.forEach((state, i) => {
       const last = found[found.length - 1];
       if (state === null) return;
@@ -170,26 +285,44 @@
 
   const caption = (t) => {
     const count = t.n === null ? "" : ` n = ${t.n[0] === t.n[1] ? spell(t.n[0]) : `${spell(t.n[0])} to ${spell(t.n[1])}`} observations per value.`;
-    return `${t.metric}, ${placeOf(t)}.${count} Protocol: ${data.protocols[t.analyzer] || "not recorded"}.`;
+    const about = data.metrics[t.metric];
+    const meaning = about ? ` It is ${about.formula}; ${about.unit ? `unit ${about.unit}` : "no unit"}, range ${about.range}.` : "";
+    return `${t.metric}, ${placeOf(t)}.${meaning}${count} Protocol: ${data.protocols[t.analyzer] || "not recorded"}.`;
   };
+
+  // Values on a symlog axis: linear around 0 up to the smallest magnitude of the upper thousand-fold, so that
+  // signs and zeros have a place.
+  function valueAxis(values, kind) {
+    const known = values.filter((value) => value !== null), most = Math.max(...known.map(Math.abs), 0);
+    if (kind !== "symlog" || most === 0) return { bend: (value) => value, axis: { type: kind === "log" ? "log" : "linear" } };
+    const sizes = known.map(Math.abs).filter((size) => size >= most / 1000);
+    const unit = 10 ** Math.floor(Math.log10(Math.min(...sizes)));
+    const bend = (value) => value === null ? null : Math.sign(value) * Math.log10(1 + Math.abs(value) / unit);
+    const ticks = [0];
+    for (let size = unit; size <= most; size *= 10) ticks.push(size, -size);
+    const low = Math.min(...known), high = Math.max(...known);
+    const shown = ticks.filter((x) => x >= Math.min(low, 0) && x <= Math.max(high, 0));
+    return { bend, axis: { type: "linear", tickmode: "array", tickvals: shown.map(bend), ticktext: shown.map((x) => String(Number(x.toPrecision(3))).replace("-", "\u2212")) } };
+  }
 
   let pickLine = null, pickHeat = null;
 
   function drawLines() {
     if (!pickLine) return;
     const trajectory = pickLine()[0];
-    const scale = byId("step-axis").value;
+    const scale = chosenView();
     const decoded = data.runs.filter((run) => run.states.some((state) => state !== null));
     const { axis, layout } = layoutBase();
     const plot = 360, gap = decoded.length ? 14 : 0, ribbons = decoded.length * 26, inner = plot + gap + ribbons;
     const margin = { l: 70, r: 40, t: 44, b: 56 };
+    const { bend, axis: bent } = valueAxis(trajectory.values.flatMap((values) => values || []), byId("value-axis").value);
     const x = { ...axis, ...stepAxis(data.runs, scale), anchor: decoded.length ? "y2" : "y" };
-    Plotly.react(byId("line-plot"), [...lineTraces(trajectory, scale), ...ribbonTraces(scale)], {
+    Plotly.react(byId("line-plot"), [...lineTraces(trajectory, scale, bend), ...ribbonTraces(scale)], {
       ...layout, margin, modebar: { ...layout.modebar, orientation: "v" }, height: inner + margin.t + margin.b, barmode: "overlay", hovermode: "closest", showlegend: true,
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
       uniformtext: { minsize: 9, mode: "hide" },
       xaxis: x,
-      yaxis: { ...axis, type: byId("value-axis").value, domain: [(ribbons + gap) / inner, 1], title: { text: `${plain(trajectory.metric)}<br><span style="font-size:11px">${plain(placeOf(trajectory))}</span>`, standoff: 8, font: { size: 13 } }, exponentformat: "power" },
+      yaxis: { ...axis, ...bent, domain: [(ribbons + gap) / inner, 1], title: { text: `${titled(trajectory.metric)}<br><span style="font-size:11px">${plain(placeOf(trajectory))}</span>`, standoff: 8, font: { size: 13 } }, exponentformat: "power" },
       yaxis2: { ...axis, type: "category", visible: decoded.length > 0, domain: [0, decoded.length ? ribbons / inner : 0.001], categoryorder: "array", categoryarray: decoded.map((run) => plain(run.name)), autorange: "reversed", showgrid: false, ticks: "", fixedrange: true },
     }, config);
     byId("line-caption").textContent = caption(trajectory);
@@ -199,7 +332,7 @@
 
   function drawHeat() {
     if (!pickHeat) return;
-    const scale = byId("step-axis").value, log = byId("heat-colors").value === "log";
+    const scale = chosenView(), log = byId("heat-colors").value === "log";
     const r = Number(byId("heat-run").value), run = data.runs[r];
     const rows = pickHeat().filter((t) => t.values[r]).sort((a, b) => a.layer - b.layer);
     const shown = (value) => value === null || (log && value <= 0) ? null : log ? Math.log10(value) : value;
@@ -207,7 +340,7 @@
     const { axis, layout } = layoutBase();
     const margin = { l: 70, r: 16, t: 30, b: 56 };
     const numbers = z.flat().filter((value) => value !== null);
-    const bar = { thickness: 12, outlinewidth: 0, title: { text: rows.length ? plain(rows[0].metric) : "", side: "right", font: { size: 13 } } };
+    const bar = { thickness: 12, outlinewidth: 0, title: { text: rows.length ? titled(rows[0].metric) : "", side: "right", font: { size: 13 } } };
     if (log && numbers.length) {
       const decades = [];
       for (let d = Math.ceil(Math.min(...numbers)); d <= Math.max(...numbers); d++) decades.push(d);
@@ -216,8 +349,8 @@
     }
     const trace = {
       type: "heatmap", colorscale: "Viridis", hoverongaps: false, colorbar: bar, z,
-      x: cellEdges(run.steps, scale), y: rows.map((t) => String(t.layer)),
-      customdata: rows.map((t) => t.values[r].map((value, i) => value === null ? "" : `step ${spell(run.steps[i])}${tokenText(run, i)}<br>${plain(t.metric)} ${spell(value)}${stateText(run, i)}`)),
+      x: cellEdges(run, scale), y: rows.map((t) => String(t.layer)),
+      customdata: rows.map((t) => t.values[r].map((value, i) => value === null ? "" : `step ${spell(run.steps[i])}${tokenText(run, i)}<br>${measured(t.metric, value)}${stateText(run, i)}`)),
       hovertemplate: "<b>layer %{y}</b><br>%{customdata}<extra></extra>",
     };
     Plotly.react(byId("heat-plot"), [trace], {
@@ -226,7 +359,7 @@
       yaxis: { ...axis, type: "category", title: { text: "layer", standoff: 8, font: { size: 13 } }, showgrid: false, nticks: 24 },
     }, config);
     byId("heat-caption").textContent = rows.length
-      ? `${caption({ ...rows[0], layer: null })} Run ${run.name}; the step axis follows the choice above.`
+      ? `${caption({ ...rows[0], layer: null })} Run ${run.name}.`
       : `Run ${run.name} has no values of this metric.`;
   }
 
@@ -239,9 +372,12 @@
 
   const phaseNames = { collapse: "end of collapse", expansion: "end of expansion" };
 
+  const runOf = (row) => data.runs.find((run) => run.name === row.run);
+
   function phaseTraces(rows, scale) {
-    return Object.entries(phaseNames).map(([phase, name]) => ({ phase, name, mine: rows.filter((row) => row.ends[phase]) })).filter(({ mine }) => mine.length).flatMap(({ phase, name, mine }) => {
-      const at = (row, i) => position(row.ends[phase][i], scale);
+    const floor = cellEdges(data.runs[0], scale)[0];
+    return Object.entries(phaseNames).map(([phase, name]) => ({ phase, name, mine: rows.filter((row) => row.ends[phase] && amount(runOf(row), row.ends[phase][0], scale) !== null) })).filter(({ mine }) => mine.length).flatMap(({ phase, name, mine }) => {
+      const at = (row, i) => Math.max(position(row.ends[phase][i], scale, runOf(row)) ?? floor, floor);
       const shared = { yaxis: "y2", name, y: mine.map((row) => plain(row.run)) };
       return [
         {
@@ -262,7 +398,7 @@
   function drawPhases() {
     if (!byId("phase-plot")) return;
     const chosen = data.phases[Number(byId("phase-place").value)];
-    const scale = "symlog";
+    const scale = chosenView();
     if (chosen.trajectory === null) {
       Plotly.purge(byId("phase-plot"));
       byId("phase-caption").textContent = "The store no longer shows the trajectory of these phases.";
@@ -273,15 +409,16 @@
     const plot = 300, gap = 14, bars = chosen.rows.length * 24, inner = plot + gap + bars;
     const margin = { l: 70, r: 40, t: 44, b: 56 };
     const pooled = chosen.rows.find((row) => row.pooled);
-    const bands = pooled ? Object.entries(pooled.ends).map(([phase, [, low, high]]) => ({
-      type: "rect", xref: "x", yref: "y domain", x0: position(low, scale), x1: position(high, scale), y0: 0, y1: 1,
+    const floor = cellEdges(data.runs[0], scale)[0];
+    const bands = pooled && (scale.unit === "step" || onePace) ? Object.entries(pooled.ends).map(([phase, [, low, high]]) => ({
+      type: "rect", xref: "x", yref: "y domain", x0: position(low, scale) ?? floor, x1: position(high, scale) ?? floor, y0: 0, y1: 1,
       fillcolor: color(`--phase-${phase}`), opacity: 0.14, line: { width: 0 }, layer: "below",
     })) : [];
     Plotly.react(byId("phase-plot"), [...lineTraces(trajectory, scale), ...phaseTraces(chosen.rows, scale)], {
       ...layout, margin, shapes: bands, modebar: { ...layout.modebar, orientation: "v" }, height: inner + margin.t + margin.b, barmode: "overlay", hovermode: "closest", showlegend: true,
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
       xaxis: { ...axis, ...stepAxis(data.runs, scale), anchor: "y2" },
-      yaxis: { ...axis, type: "log", domain: [(bars + gap) / inner, 1], title: { text: plain(trajectory.metric), standoff: 8, font: { size: 13 } }, exponentformat: "power" },
+      yaxis: { ...axis, type: "log", domain: [(bars + gap) / inner, 1], title: { text: titled(trajectory.metric), standoff: 8, font: { size: 13 } }, exponentformat: "power" },
       yaxis2: { ...axis, type: "category", domain: [0, bars / inner], categoryorder: "array", categoryarray: chosen.rows.map((row) => plain(row.run)), range: [chosen.rows.length - 0.5, -0.5], showgrid: false, ticks: "", fixedrange: true },
     }, config);
     byId("phase-caption").textContent = `${caption(trajectory)} Value axis: log.`;
@@ -296,7 +433,7 @@
       const steps = data.runs[r].steps, first = Math.log1p(steps[0]), last = Math.log1p(steps[steps.length - 1]);
       const grid = Array.from({ length: 121 }, (_, i) => Math.expm1(first + (last - first) * i / 120));
       return {
-        type: "scatter", mode: "lines", name: plain(row.run), showlegend: false, x: grid.map((t) => position(t, scale)), y: grid.map((t) => curveAt(row.fitted, t)),
+        type: "scatter", mode: "lines", name: plain(row.run), showlegend: false, x: grid.map((t) => position(t, scale, data.runs[r])), y: grid.map((t) => curveAt(row.fitted, t)),
         line: { width: 1.5, color: color(`--run-${r % runColors}`), dash: dashes[Math.floor(r / runColors) % dashes.length] },
         customdata: grid.map((t) => `step ${spell(Math.round(t))}<br>fit ${spell(curveAt(row.fitted, t))}, ${plain(row.shape)}`),
         hovertemplate: "<b>%{fullData.name}</b><br>%{customdata}<extra></extra>",
@@ -312,14 +449,14 @@
       byId("growth-caption").textContent = "The store no longer shows the trajectory of these curves.";
       return;
     }
-    const trajectory = data.trajectories[chosen.trajectory], scale = "symlog";
+    const trajectory = data.trajectories[chosen.trajectory], scale = chosenView();
     const { axis, layout } = layoutBase();
     const dots = lineTraces(trajectory, scale).map((trace) => ({ ...trace, mode: "markers", marker: { size: 5, color: trace.line.color } }));
     Plotly.react(byId("growth-plot"), [...dots, ...fitTraces(chosen.rows, scale)], {
       ...layout, margin: { l: 70, r: 40, t: 44, b: 56 }, modebar: { ...layout.modebar, orientation: "v" }, height: 420, hovermode: "closest", showlegend: true,
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
       xaxis: { ...axis, ...stepAxis(data.runs, scale) },
-      yaxis: { ...axis, title: { text: plain(trajectory.metric), standoff: 8, font: { size: 13 } }, exponentformat: "power" },
+      yaxis: { ...axis, title: { text: titled(trajectory.metric), standoff: 8, font: { size: 13 } }, exponentformat: "power" },
     }, config);
     byId("growth-caption").textContent = caption(trajectory);
   }
@@ -327,7 +464,7 @@
   // ---- states beside simpler ways to cut a run
 
   function bandTraces(run, bands, scale) {
-    const edges = cellEdges(run.steps, scale);
+    const edges = cellEdges(run, scale);
     const start = (step) => edges[run.steps.indexOf(step)];
     const all = bands.flatMap((band) => band.pieces.map(([label, step], i) => {
       const next = band.pieces[i + 1];
@@ -346,7 +483,7 @@
 
   function drawBands() {
     if (!byId("band-plot")) return;
-    const chosen = data.bands[Number(byId("band-run").value)], scale = byId("step-axis") ? byId("step-axis").value : "symlog";
+    const chosen = data.bands[Number(byId("band-run").value)], scale = chosenView();
     const run = data.runs.find((each) => each.name === chosen.run);
     const { axis, layout } = layoutBase();
     const names = chosen.bands.map((band) => plain(band.name));
@@ -356,14 +493,14 @@
       xaxis: { ...axis, ...stepAxis([run], scale) },
       yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, range: [names.length - 0.5, -0.5], showgrid: false, ticks: "", fixedrange: true },
     }, config);
-    byId("band-caption").textContent = `Run ${run.name}. In brackets: adjusted Rand index with the states of this run. Colours of states and of k-means mean the same; those of other pieces only tell neighbours apart. The step axis follows the choice above.`;
+    byId("band-caption").textContent = `Run ${run.name}. In brackets: adjusted Rand index with the states of this run. Colours of states and of k-means mean the same; those of other pieces only tell neighbours apart.`;
   }
 
   // ---- births of heads
 
   function drawHeads() {
     if (!byId("heads-plot")) return;
-    const chosen = data.heads[Number(byId("heads-map").value)], scale = "symlog";
+    const chosen = data.heads[Number(byId("heads-map").value)], scale = chosenView();
     const r = data.runs.findIndex((run) => run.name === chosen.run), run = data.runs[r];
     const rows = chosen.rows.map((row) => ({ ...row, t: data.trajectories[row.trajectory] })).filter((row) => r >= 0 && row.t.values[r]);
     if (!rows.length) {
@@ -376,12 +513,12 @@
     const margin = { l: 70, r: 16, t: 30, b: 56 };
     Plotly.react(byId("heads-plot"), [{
       type: "heatmap", colorscale: "Viridis", zmin: 0, zmax: 1, hoverongaps: false, z: rows.map((row) => row.t.values[r]),
-      colorbar: { thickness: 12, outlinewidth: 0, title: { text: plain(rows[0].t.metric), side: "right", font: { size: 13 } } },
-      x: cellEdges(run.steps, scale), y: names,
+      colorbar: { thickness: 12, outlinewidth: 0, title: { text: titled(rows[0].t.metric), side: "right", font: { size: 13 } } },
+      x: cellEdges(run, scale), y: names,
       customdata: rows.map((row) => row.t.values[r].map((value, i) => value === null ? "" : `step ${spell(run.steps[i])}<br>score ${spell(value)}`)),
       hovertemplate: "<b>layer.head %{y}</b><br>%{customdata}<extra></extra>",
     }, {
-      type: "scatter", mode: "markers", name: "birth", showlegend: false, x: born.map((row) => position(row.birth, scale)), y: born.map((row) => row.name),
+      type: "scatter", mode: "markers", name: "birth", showlegend: false, x: born.map((row) => position(row.birth, scale, run)), y: born.map((row) => row.name),
       marker: { symbol: "diamond", size: 10, color: "#ffffff", line: { width: 2, color: "#d62728" } },
       customdata: born.map((row) => `born at step ${spell(row.birth)}`), hovertemplate: "<b>layer.head %{y}</b><br>%{customdata}<extra></extra>",
     }], {
@@ -419,6 +556,32 @@
     save(name, [head, ...rows]);
   }
 
+  function savePlace(name, chosen) {
+    if (chosen.trajectory !== null) saveTrajectories(name, [data.trajectories[chosen.trajectory]], data.runs.map((_, r) => r));
+  }
+
+  function saveGrowth() {
+    const chosen = data.growth[Number(byId("growth-place").value)];
+    if (chosen.trajectory === null) return;
+    const t = data.trajectories[chosen.trajectory];
+    const rows = data.runs.flatMap((run, r) => !t.values[r] ? [] : run.steps.map((step, i) => {
+      const fit = chosen.rows.find((row) => row.run === run.name);
+      return [data.series, run.name, step, run.tokens[i], t.metric, t.site, t.layer, t.head, t.values[r][i], fit ? curveAt(fit.fitted, step) : null];
+    }));
+    save("growth-curves", [["series", "run", "step", "tokens", "metric", "site", "layer", "head", "value", "fitted"], ...rows]);
+  }
+
+  function saveBands() {
+    const chosen = data.bands[Number(byId("band-run").value)];
+    const rows = chosen.bands.flatMap((band) => band.pieces.map(([label, step]) => [data.series, chosen.run, band.name, label, step]));
+    save("pieces", [["series", "run", "method", "label", "first_step"], ...rows]);
+  }
+
+  function saveHeads() {
+    const chosen = data.heads[Number(byId("heads-map").value)], r = data.runs.findIndex((run) => run.name === chosen.run);
+    saveTrajectories("head-scores", chosen.rows.map((row) => data.trajectories[row.trajectory]), r < 0 ? [] : [r]);
+  }
+
   // Thousands are separated for reading only, and a dash stands for nothing.
   const cellText = (c) => {
     if (c.dataset.csv) return c.dataset.csv;
@@ -435,11 +598,22 @@
 
   // ---- start
 
-  const drawAll = () => { drawLines(); drawHeat(); drawPhases(); drawGrowth(); drawBands(); drawHeads(); };
+  const drawAll = () => {
+    drawLines(); drawHeat(); drawPhases(); drawGrowth(); drawBands(); drawHeads();
+    plots().forEach(link);
+  };
 
+  if (byId("step-axis")) {
+    if (!tokensKnown) byId("step-unit").querySelector("[value=token]").disabled = true;
+    for (const id of ["step-axis", "step-unit"]) byId(id).addEventListener("change", () => { zoom = null; drawAll(); });
+    byId("link-axes").addEventListener("change", () => { zoom = null; drawAll(); });
+  }
+  for (const [id, download] of [
+    ["phase-csv", () => savePlace("phases", data.phases[Number(byId("phase-place").value)])],
+    ["growth-csv", saveGrowth], ["band-csv", saveBands], ["heads-csv", saveHeads],
+  ]) if (byId(id)) byId(id).addEventListener("click", download);
   if (byId("line-plot")) {
     pickLine = pickers("line", ["metric", "site", "layer", "head"], data.trajectories, drawLines);
-    byId("step-axis").addEventListener("change", drawAll);
     byId("value-axis").addEventListener("change", drawLines);
     byId("line-csv").addEventListener("click", () => saveTrajectories("trajectories", pickLine(), data.runs.map((_, r) => r)));
   }
@@ -469,6 +643,7 @@
     byId("band-run").addEventListener("change", drawBands);
   }
 
+  const plots = () => [...document.querySelectorAll("div.plot")];
   const toggle = byId("theme");
   function themed() {
     toggle.textContent = isDark() ? "Light theme" : "Dark theme";
@@ -481,16 +656,24 @@
   // Paper is white and has a width of its own.
   const paperWidth = 680;
   let chosenTheme;
-  const plots = () => [byId("line-plot"), byId("heat-plot"), byId("phase-plot"), byId("growth-plot"), byId("band-plot"), byId("heads-plot")].filter(Boolean);
   window.addEventListener("beforeprint", () => {
     chosenTheme = root.dataset.theme;
     root.dataset.theme = "light";
     themed();
-    for (const plot of plots()) Plotly.relayout(plot, { width: paperWidth });
+    for (const plot of plots()) if (plot.layout) Plotly.relayout(plot, { width: paperWidth });
   });
   window.addEventListener("afterprint", () => {
     if (chosenTheme) root.dataset.theme = chosenTheme; else delete root.dataset.theme;
-    for (const plot of plots()) Plotly.relayout(plot, { width: null, autosize: true });
+    for (const plot of plots()) if (plot.layout) Plotly.relayout(plot, { width: null, autosize: true });
     themed();
   });
+
+  // `ontogeny report --format` waits for this, and reads the plots as pictures.
+  const show = (i) => {
+    const t = data.trajectories[i];
+    if (pickLine) pickLine.choose(t);
+    if (pickHeat && t.layer !== null) pickHeat.choose(t);
+  };
+  window.ontogenyReport = { show };
+  root.dataset.ready = "yes";
 })();

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from analyzers.latent.training_map import Stay
 from flows.report import phases, states
 from flows.report.data import ReportData, Row
-from flows.report.text import join, number, plural, tokens
+from flows.report.text import join, number, plural, sentence, tokens
 
 # Notes on the fit that the summary repeats; the section shows them all.
 _NOTES = 4
 # More runs than this are counted, not named.
 _NAMES = 4
+# Characters of a reason that the summary shows.
+_REASON = 160
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,14 @@ class Point:
 def summarize(data: ReportData) -> list[Point]:
     """The points of the summary, in the order of the page."""
     walks = states.paths(data)
-    return [_measured(data), _states(data, walks), _phases(data), _odd(walks), _quality(data)]
+    return [
+        _states(data, walks),
+        _null(data, walks),
+        _odd(walks),
+        _quality(data),
+        _phases(data),
+        _measured(data),
+    ]
 
 
 def _measured(data: ReportData) -> Point:
@@ -63,7 +72,7 @@ def _measured(data: ReportData) -> Point:
 
 
 def _states(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
-    title, section = "States of training", "map"
+    title, section = "Phases of training, as states", "map"
     chosen = data.chosen
     if chosen is None or not walks:
         return Point(title, "None fitted yet", ["No states have been fitted yet."], section)
@@ -73,7 +82,6 @@ def _states(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
     ]
     sentences += states.describe_changes(walks) or ["No run changes its state."]
     sentences.append(states.describe_choice(data.models, chosen))
-    sentences += [row["sentence"] for row in data.nulls]
     notes = states.caveats(chosen)
     sentences += notes[:_NOTES]
     if len(notes) > _NOTES:
@@ -90,6 +98,23 @@ def _phases(data: ReportData) -> Point:
     if len(found) > 1:
         sentences.append(f"{plural(len(found) - 1, 'more trajectory')} below.")
     return Point(title, phases.headline(found[0]), sentences, section)
+
+
+def _null(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
+    """Whether curves without phases would have been cut into states as well."""
+    title, section = "Are the phases more than smooth drift?", "map"
+    if not walks:
+        return Point(title, "Not known", ["There are no states to compare with smooth curves."], section)
+    if not data.nulls:
+        text = (
+            "No smooth surrogates were fitted (states.fit.surrogates is 0), and a hidden Markov model cuts "
+            "any drift into states. Do not quote these states as phases without that comparison."
+        )
+        return Point(title, "Not tested", [text], section, alarming=True)
+    explained = data.nulls[0]["explained"]
+    headline = {True: "No: smooth curves do as well", False: "Yes", None: "Open"}[explained]
+    lines = [row["sentence"] for row in data.nulls]
+    return Point(title, headline, lines, section, alarming=explained is not False)
 
 
 def _odd(walks: dict[str, list[Stay]]) -> Point:
@@ -114,10 +139,31 @@ def lasting(data: ReportData) -> list[Row]:
     ]
 
 
+def _failed(rows: list[Row]) -> str:
+    """Which checkpoints failed, and the last reason."""
+    places = sorted({(row["run"] or "", -1 if row["step"] is None else row["step"]) for row in rows})
+    named = [f"{run} step {number(step)}" if step >= 0 else run for run, step in places[:_NAMES]]
+    more = f" and {number(len(places) - _NAMES)} more" if len(places) > _NAMES else ""
+    return sentence(f"Failed: {join(named)}{more}; last reason: {_short(str(rows[-1]['error']))}")
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _REASON else line[: _REASON - 1] + "\u2026"
+
+
 def _quality(data: ReportData) -> Point:
     counts = Counter(row["severity"] for row in data.findings)
     parts = [plural(counts[kind], kind) for kind in ("error", "warning", "note") if counts[kind]]
     sentences = [f"The audit found {join(parts)}." if parts else "The audit found nothing to report."]
+    worst = [row for row in data.findings if row["severity"] == "error"]
+    for row in worst[:_NAMES]:
+        where = " ".join(
+            part
+            for part in (row["run"], None if row["step"] is None else f"step {number(row['step'])}")
+            if part
+        )
+        sentences.append(f"Error{f' in {where}' if where else ''}: {_short(sentence(str(row['detail'])))}")
     if not data.audited:
         sentences = ["The series has not been audited."]
     failed = lasting(data)
@@ -127,6 +173,7 @@ def _quality(data: ReportData) -> Point:
         sentences.append(
             f"{plural(len(places), 'checkpoint')} failed and {verb} unmeasured, in part or whole."
         )
+        sentences.append(_failed(failed))
     if len(data.failures) > len(failed):
         made_good = plural(len(data.failures) - len(failed), "failed attempt")
         sentences.append(f"{made_good} succeeded on another try.")
@@ -134,10 +181,14 @@ def _quality(data: ReportData) -> Point:
         sentences.append("No checkpoint failed.")
     absent = sum(row["absent"] for row in data.noted)
     if absent:
-        sentences.append(f"{plural(absent, 'value')} could not be computed; lines have gaps there.")
+        often = max(data.noted, key=lambda row: row["absent"])
+        sentences.append(
+            f"{plural(absent, 'value')} could not be computed; lines have gaps there. Most often: "
+            f"{_short(str(often['note']))} ({often['metric']})."
+        )
     mixed = [name for name, n in Counter(p.analyzer for p in data.protocols).items() if n > 1]
     if mixed:
         sentences.append(f"Runs were measured under different protocols by {join(mixed)}.")
-    clean = "Clean" if data.audited else "Not audited"
+    clean = "No known problem" if data.audited else "Not audited"
     headline = join([*parts[:2], *([plural(len(places), "failure")] if failed else [])]) or clean
     return Point("Data quality", headline, sentences, "audit", alarming=bool(counts["error"] or failed))

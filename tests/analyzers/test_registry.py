@@ -1,5 +1,7 @@
 """Registration by decorator and by entry point."""
 
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,26 @@ def test_a_third_party_registers_by_entry_point(tmp_path: Path, monkeypatch: pyt
 def test_without_the_third_party_its_analyzer_is_unknown() -> None:
     with pytest.raises(UnknownAnalyzerError, match="'count'"):
         find("count")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("not_there:Count", "ModuleNotFoundError: No module named 'not_there'"),
+        ("count_matrices:Nothing", "AttributeError: module 'count_matrices' has no attribute 'Nothing'"),
+        ("analyzers.base:Result", "TypeError: it is no subclass of Analyzer"),
+    ],
+)
+def test_a_third_party_that_fails_is_named_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, reason: str
+) -> None:
+    monkeypatch.setattr(registry, "_broken", set())
+    install(tmp_path, monkeypatch, value)
+    sentence = f"the analyzer 'count' ({value}) of count-matrices is left out: {reason}"
+    with pytest.warns(RuntimeWarning, match=re.escape(sentence)):
+        found = load_all()
+    assert set(found) >= BUILT_IN
+    assert "count" not in found
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_all()  # said once

@@ -3,8 +3,10 @@
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from report_pages import chromium, open_report
 
 from storage import Store
 
@@ -256,3 +258,36 @@ def report_page(report_store: Store) -> str:
     from flows.report import render_report
 
     return render_report(report_store, "toy")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    installed = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser: Any, report_page: str, tmp_path: Path) -> Any:
+    """The page in a browser, watched for errors and requests; both are checked when the test ends."""
+    path = tmp_path / "report.html"
+    path.write_text(report_page, encoding="utf-8")
+    context = browser.new_context(color_scheme="light", viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    troubles: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda m: troubles.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: (troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: requests.append(request.url))
+    open_report(page, path)
+    yield page
+    context.close()
+    assert troubles == []
+    outside = [url for url in requests if not url.startswith(("data:", "blob:"))]
+    assert outside == [path.as_uri()]

@@ -1,15 +1,13 @@
 """The report on a store with known answers: its sentences, its data, and the page in a real Chromium."""
 
 import json
-import os
 import re
-import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from report_pages import Elements, download, open_report, unpacked
 
 from analyzers.growth import GrowthSettings, growth, reparametrised
 from analyzers.head_births import HeadSettings
@@ -25,43 +23,16 @@ from tasks.growth import GrowthJob, fit_growth_curves
 from tasks.heads import HeadsJob, find_head_births
 
 
-class _Elements(HTMLParser):
-    """Tags with their attributes, the embedded data, and the visible text of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.json = ""
-        self._inside = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self._inside = "data" if dict(attrs).get("id") == "report-data" else tag
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "data":
-            self.json += data
-        elif not self._inside:
-            self.text.append(data)
-
-
 @pytest.fixture(scope="module")
-def elements(report_page: str) -> _Elements:
-    return _Elements(report_page)
+def elements(report_page: str) -> Elements:
+    return Elements(report_page)
 
 
 def _sentences(store: Store, series: str) -> dict[str, list[str]]:
     return {point.title: point.sentences for point in summarize(collect(store, series))}
 
 
-def test_page_refers_to_nothing_outside(elements: _Elements, report_page: str) -> None:
+def test_page_refers_to_nothing_outside(elements: Elements, report_page: str) -> None:
     for tag, attributes in elements.tags:
         for name in ("src", "href", "action", "data", "srcset", "xlink:href"):
             target = attributes.get(name)
@@ -74,8 +45,8 @@ def test_page_refers_to_nothing_outside(elements: _Elements, report_page: str) -
     assert policy[0].startswith("default-src 'none'")
 
 
-def test_text_from_tables_is_escaped(elements: _Elements, report_page: str) -> None:
-    assert [tag for tag, _ in elements.tags].count("script") == 3  # plotly, data, ours
+def test_text_from_tables_is_escaped(elements: Elements, report_page: str) -> None:
+    assert [tag for tag, _ in elements.tags].count("script") == 4  # plotly, values, data, ours
     assert "img" not in [tag for tag, _ in elements.tags]
     assert "<script>alert(1)" not in report_page
     text = "".join(elements.text)
@@ -90,8 +61,8 @@ def test_markup_in_names_cannot_leave_the_embedded_data(tmp_path: Path) -> None:
     name = "</script><script>alert(1)</script>"
     rows = [{"step": 0, "analyzer": name, "metric": name, "site": name, "value": 1.0}]
     store.write("metrics", rows, series="s", run="r", name="x")
-    elements = _Elements(render_report(store, "s"))
-    assert [tag for tag, _ in elements.tags].count("script") == 3
+    elements = Elements(render_report(store, "s"))
+    assert [tag for tag, _ in elements.tags].count("script") == 4
     assert json.loads(elements.json)["trajectories"][0]["metric"] == name
 
 
@@ -103,15 +74,15 @@ def test_summary_says_what_is_known(report_store: Store) -> None:
             "1 checkpoint of the catalogue not measured.",
             "2 metrics, 6 trajectories over 4 layers.",
         ],
-        "States of training": [
+        "Phases of training, as states": [
             "3 states found in 2 trajectories.",
             "State 0 changes to 1 at steps 32 to 64 (median 32) in all 3 runs.",
             "State 1 changes to 2 at step 512 in seed3.",
             "State 2 changes to 1 at step 800 in seed3.",
             "3 states were chosen among 1 to 5: they give the lowest BIC on held-out seed3.",
-            "Smooth <b>curves</b> do as well (gap +0.1).",
             "Two metrics are few.",
         ],
+        "Are the phases more than smooth drift?": ["Smooth <b>curves</b> do as well (gap +0.1)."],
         "Geometric phases": [
             "In rankme_cov[resid_post.3]:",
             "Collapse is seen in 3 of 3 runs (-25%) and ends at step 512 (256 to 600, 1.05 M tokens).",
@@ -123,9 +94,12 @@ def test_summary_says_what_is_known(report_store: Store) -> None:
         ],
         "Data quality": [
             "The audit found 1 error, 1 warning and 1 note.",
+            "Error in seed3 step 64: <script>alert(1)</script> & more.",
             "1 checkpoint failed and remains unmeasured, in part or whole.",
+            "Failed: seed2 step 128; last reason: truncated </script><img src=x>.",
             "1 failed attempt succeeded on another try.",
-            "1 value could not be computed; lines have gaps there.",
+            "1 value could not be computed; lines have gaps there. Most often: "
+            "the covariance has no rank <b>here</b> (rankme_cov).",
         ],
     }
 
@@ -159,21 +133,22 @@ def test_two_runs_cannot_tell_which_is_odd() -> None:
     ]
 
 
-def test_gaps_stay_null(elements: _Elements) -> None:
+def test_gaps_stay_null(elements: Elements) -> None:
     data = json.loads(elements.json)
     start = data["trajectories"][data["start"]]
     assert (start["metric"], start["site"], start["layer"]) == ("rankme_cov", "resid_post", 3)
     seed1, seed2 = data["runs"][0], data["runs"][1]
-    assert start["values"][0][seed1["steps"].index(8)] is None
-    assert start["values"][0][seed1["steps"].index(16)] == 38.125
+    values = unpacked(elements)[data["start"]]
+    assert np.isnan(values[0][seed1["steps"].index(8)])
+    assert values[0][seed1["steps"].index(16)] == 38.125
     failed = seed2["steps"].index(128)
-    assert start["values"][1][failed] is None
+    assert np.isnan(values[1][failed])
     assert seed2["states"][failed] is None
     assert start["n"] == [4096, 4096]
     assert "spectra 2; probe 9f86d081884c7d65; dtype float32" in data["protocols"]["spectra"]
 
 
-def test_means_of_states_are_those_of_their_checkpoints(elements: _Elements) -> None:
+def test_means_of_states_are_those_of_their_checkpoints(elements: Elements) -> None:
     text = " ".join(elements.text)
     # State 2: seed3 at steps 512, 600 and 700, layer 3: 30.125 + 3 + 2 + (0, 1, 2).
     assert "36.125" in text
@@ -185,7 +160,7 @@ def _cells(page: str, table: str) -> list[list[str]]:
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("</tr>") if "<td" in row]
 
 
-def test_the_map_shows_drivers_boundaries_and_outcomes(elements: _Elements, report_page: str) -> None:
+def test_the_map_shows_drivers_boundaries_and_outcomes(elements: Elements, report_page: str) -> None:
     # Over all runs only, the strongest first; a shift without a unit is absent.
     assert _cells(report_page, "table-drivers") == [
         ["0", "1", "loss", "2.5", "3", "-0.75", "1.5"],
@@ -201,7 +176,7 @@ def test_the_map_shows_drivers_boundaries_and_outcomes(elements: _Elements, repo
     assert "of an older fit" not in text
 
 
-def test_null_and_baselines_stand_beside_the_map(elements: _Elements, report_page: str) -> None:
+def test_null_and_baselines_stand_beside_the_map(elements: Elements, report_page: str) -> None:
     text = " ".join("".join(elements.text).split())
     assert "Smooth <b>curves</b> do as well (gap +0.1)." in text
     assert "A note on the null." in text
@@ -294,12 +269,12 @@ def test_runs_may_differ_in_protocol(tmp_path: Path) -> None:
         row["protocol"] = json.dumps({"analyzer": "a", "version": version})
         store.write("metrics", [row], series="s", run=run, name="x")
     assert "Runs were measured under different protocols by a." in _sentences(store, "s")["Data quality"]
-    captions = json.loads(_Elements(render_report(store, "s")).json)["protocols"]
+    captions = json.loads(Elements(render_report(store, "s")).json)["protocols"]
     assert captions == {"a": "r1: a 1 / r2: a 2"}
 
 
 def test_a_series_that_was_only_catalogued(report_store: Store) -> None:
-    text = " ".join(_Elements(render_report(report_store, "bare")).text)
+    text = " ".join(Elements(render_report(report_store, "bare")).text)
     for sentence in (
         "No checkpoint has been measured yet.",
         "No metrics have been measured yet, so there is nothing to plot.",
@@ -325,7 +300,7 @@ def test_a_model_with_broken_parameters_and_without_states(tmp_path: Path) -> No
     store = Store(tmp_path)
     row = {"model": "m", "k": 1, "chosen": True, "parameters": "{not json"}
     store.write("state_models", [row], series="s", name="m")
-    text = " ".join(_Elements(render_report(store, "s")).text)
+    text = " ".join(Elements(render_report(store, "s")).text)
     assert "A state model was fitted, but the decoded states are not in the store." in text
 
 
@@ -337,51 +312,6 @@ def test_unknown_series(report_store: Store, tmp_path: Path) -> None:
 
 
 # ---- in Chromium
-
-
-def _chromium() -> str:
-    found = os.environ.get("CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if found is None:
-        sentence = "no Chromium found: install one, or name it in the environment variable CHROMIUM"
-        if os.environ.get("CI"):
-            pytest.fail(sentence)
-        pytest.skip(sentence)
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    chromium = _chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def opened(browser: Any, report_page: str, tmp_path: Path) -> Any:
-    """The page in a browser, watched for errors and requests; both are checked when the test ends."""
-    path = tmp_path / "report.html"
-    path.write_text(report_page, encoding="utf-8")
-    context = browser.new_context(color_scheme="light", viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    troubles: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda m: troubles.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("dialog", lambda dialog: (troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(path.as_uri())
-    yield page
-    context.close()
-    assert troubles == []
-    outside = [url for url in requests if not url.startswith(("data:", "blob:"))]
-    assert outside == [path.as_uri()]
 
 
 def _lines(page: Any) -> list[dict[str, Any]]:
@@ -443,7 +373,7 @@ def test_pickers_change_the_plots(opened: Any) -> None:
     opened.locator("#line-metric").select_option(label="loss")
     assert _lines(opened)[0]["y"][0] == 7
     assert opened.locator("#line-layer").is_disabled()
-    opened.get_by_label("Step axis").select_option("linear")
+    opened.get_by_label("Scale").select_option("linear")
     assert _lines(opened)[0]["x"][-1] == 1400
     opened.get_by_label("Run", exact=True).select_option("seed3")
     assert opened.evaluate("document.getElementById('heat-plot').data[0].z[0][0]") == 42.125
@@ -492,7 +422,7 @@ def test_phases_without_their_trajectory(browser: Any, tmp_path: Path) -> None:
     page = browser.new_page()
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto((tmp_path / "page.html").as_uri())
+    open_report(page, tmp_path / "page.html")
     assert "no longer shows the trajectory" in page.locator("#phase-caption").inner_text()
     page.close()
     assert troubles == []
@@ -517,7 +447,7 @@ def growth_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def test_growth_table_and_data(growth_store: Store) -> None:
-    elements = _Elements(render_report(growth_store, "s"))
+    elements = Elements(render_report(growth_store, "s"))
     data = json.loads(elements.json)
     (row,) = data["growth"][0]["rows"]
     assert (row["run"], row["shape"]) == ("r", "early-peak")
@@ -534,7 +464,7 @@ def test_growth_curves_are_drawn_over_their_values(browser: Any, growth_store: S
     page = browser.new_page()
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto((tmp_path / "page.html").as_uri())
+    open_report(page, tmp_path / "page.html")
     script = "document.getElementById('growth-plot').data.map((t) => [t.mode, [...t.x], [...t.y]])"
     dots, line = page.evaluate(script)
     assert (dots[0], line[0]) == ("markers", "lines")
@@ -568,14 +498,14 @@ def heads_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_births_of_heads_are_listed(heads_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     page = render_report(heads_store, "s")
     assert _cells(page, "table-heads") == [["induction", "r", "1", "0", "64 (after 8)", "0.8", "0.8"]]
-    text = " ".join(" ".join(_Elements(page).text).split())
+    text = " ".join(" ".join(Elements(page).text).split())
     assert "r: induction heads: 1, first at step 64 (after 8)" in text
     assert "r: previous-token heads: not seen" in text
-    data = json.loads(_Elements(page).json)
+    data = json.loads(Elements(page).json)
     assert [len(part["rows"]) for part in data["heads"]] == [4, 4]
     # Of a crowded page the heads that were born stay.
     monkeypatch.setattr("flows.report.data._MOST_HEAD_VALUES", 5)
-    data = json.loads(_Elements(render_report(heads_store, "s")).json)
+    data = json.loads(Elements(render_report(heads_store, "s")).json)
     (kept,) = data["heads"][0]["rows"]
     trajectory = data["trajectories"][kept["trajectory"]]
     assert (trajectory["layer"], trajectory["head"], kept["birth"]) == (1, 0, 64)
@@ -587,7 +517,7 @@ def test_births_are_marked_on_the_map_of_heads(browser: Any, heads_store: Store,
     page = browser.new_page()
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto((tmp_path / "page.html").as_uri())
+    open_report(page, tmp_path / "page.html")
     script = "document.getElementById('heads-plot').data.map((t) => [t.type, [...t.x], [...t.y]])"
     heat, marks = page.evaluate(script)
     assert (heat[0], heat[2][0], len(heat[2])) == ("heatmap", "1.0", 4)
@@ -625,8 +555,8 @@ def test_keyboard_reaches_the_controls_in_order(opened: Any) -> None:
         if reached[-1] == "heat-csv":
             break
     # With the fixture's single layered metric there is nothing to pick, so those two are not stops.
-    wanted = ["#summary", "theme", "#trajectories", "#protocol"]
-    wanted += ["line-metric", "line-site", "line-layer", "step-axis", "value-axis", "line-csv"]
+    wanted = ["#summary", "theme", "#trajectories", "#protocol", "step-unit", "step-axis", "link-axes"]
+    wanted += ["line-metric", "line-site", "line-layer", "value-axis", "line-csv"]
     wanted += ["heat-run", "heat-colors", "heat-csv"]
     places = [reached.index(name) for name in wanted]
     assert places == sorted(places)
@@ -649,22 +579,16 @@ def test_no_control_sends_a_plot_away(opened: Any) -> None:
     assert set(offered) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
 
 
-def _download(page: Any, button: str) -> list[str]:
-    with page.expect_download() as waiting:
-        page.locator(button).click()
-    return Path(waiting.value.path()).read_text(encoding="utf-8").splitlines()
-
-
 def test_downloads(opened: Any) -> None:
-    lines = _download(opened, "#line-csv")
+    lines = download(opened, "#line-csv")
     assert lines[0] == "series,run,step,tokens,metric,site,layer,head,value,state,posterior"
     assert lines[1] == "toy,seed1,0,0,rankme_cov,resid_post,3,,43.125,0,0.9"
     assert lines[5] == "toy,seed1,8,16384,rankme_cov,resid_post,3,,,0,0.9"
     assert len(lines) == 61
-    assert len(_download(opened, "#heat-csv")) == 1 + 4 * 20
-    edges = _download(opened, "button[data-table=table-transitions]")
+    assert len(download(opened, "#heat-csv")) == 1 + 4 * 20
+    edges = download(opened, "button[data-table=table-transitions]")
     assert edges[1] == "0,1,3,seed1; seed2; seed3,seed1 32; seed2 64; seed3 32,0.1,5.5,32,65536"
-    findings = _download(opened, "button[data-table=table-findings]")
+    findings = download(opened, "button[data-table=table-findings]")
     assert findings[1] == "error,seed3,64,odd,<script>alert(1)</script> & more"
 
 
@@ -689,7 +613,7 @@ def test_a_page_without_measurements_opens(browser: Any, report_store: Store, tm
     page = browser.new_page()
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto(path.as_uri())
+    open_report(page, path)
     page.get_by_role("button", name="Dark theme").click()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.close()

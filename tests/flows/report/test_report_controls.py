@@ -1,0 +1,262 @@
+"""The switches of the report, its size, its summary of phases, and its plots as pictures."""
+
+import shutil
+import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from report_pages import Elements, download, unpacked
+
+from analyzers.latent.training_map import Stay
+from analyzers.registry import load_all
+from flows.report import render_report
+from flows.report.crowding import thinned
+from flows.report.data import Run, Trajectory, collect
+from flows.report.figures import draw_figures
+from flows.report.pack import pack_values
+from flows.report.stages import stages
+from flows.report.states import paths
+from flows.report.summary import summarize
+from storage import Store, UsageError
+
+STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(600, 1500, 100))
+
+
+def _range(page: Any, plot: str) -> list[float]:
+    found: list[float] = page.evaluate(f"document.getElementById('{plot}').layout.xaxis.range")
+    return found
+
+
+def _x(page: Any) -> list[float]:
+    found: list[float] = page.evaluate("[...document.getElementById('line-plot').data[0].x]")
+    return found
+
+
+def test_zooming_one_plot_zooms_the_others(opened: Any) -> None:
+    whole = _range(opened, "heat-plot")
+    zoom = "Plotly.relayout('line-plot', {'xaxis.range[0]': 1, 'xaxis.range[1]': 2})"
+    opened.evaluate(zoom)
+    for plot in ("heat-plot", "phase-plot", "band-plot"):
+        opened.wait_for_function(
+            f"Math.abs(document.getElementById('{plot}').layout.xaxis.range[0] - 1) < 1e-9"
+        )
+        assert _range(opened, plot) == [1, 2]
+    # A redraw keeps the zoom; a reset takes it from all.
+    opened.get_by_role("button", name="Dark theme").click()
+    assert _range(opened, "phase-plot") == [1, 2]
+    opened.evaluate("Plotly.relayout('phase-plot', {'xaxis.autorange': true})")
+    opened.wait_for_function("document.getElementById('heat-plot').layout.xaxis.range[0] < 0.9")
+    assert _range(opened, "heat-plot") == pytest.approx(whole)
+    opened.get_by_label("Zoom all together").uncheck()
+    opened.evaluate(zoom)
+    opened.wait_for_timeout(200)
+    assert _range(opened, "heat-plot") == pytest.approx(whole)
+
+
+def test_the_axis_counts_steps_or_tokens(opened: Any) -> None:
+    steps = np.array(STEPS, dtype=float)
+    assert _x(opened) == pytest.approx(np.log10(1 + steps))
+    opened.get_by_label("Axis", exact=True).select_option("token")
+    # 2048 tokens a step: the same curve, with other names at its ticks.
+    assert _x(opened) == pytest.approx(np.log10(1 + steps))
+    ticks = opened.evaluate(
+        "(({tickvals, ticktext}) => [tickvals, ticktext])(document.getElementById('heat-plot').layout.xaxis)"
+    )
+    assert ticks[0][ticks[1].index("1M")] == pytest.approx(np.log10(1 + 1e6 / 2048))
+    opened.get_by_label("Scale").select_option("linear")
+    assert _x(opened) == pytest.approx(2048 * steps)
+    band = opened.evaluate("(([s]) => [s.x0, s.x1])(document.getElementById('phase-plot').layout.shapes)")
+    assert band == pytest.approx([2048 * 256, 2048 * 600])
+
+
+def test_a_logarithm_leaves_step_0_out(opened: Any) -> None:
+    opened.get_by_label("Scale").select_option("log")
+    assert _x(opened)[0] is None
+    assert _x(opened)[1:] == pytest.approx(np.log10(STEPS[1:]))
+    edges = opened.evaluate("[...document.getElementById('heat-plot').data[0].x]")
+    assert edges[0] == edges[1] == pytest.approx(-np.log10(2) / 2)
+    assert len(edges) == len(STEPS) + 1
+
+
+def test_values_on_symlog_and_log(opened: Any) -> None:
+    opened.get_by_label("Value axis").select_option("log")
+    assert opened.evaluate("document.getElementById('line-plot').layout.yaxis.type") == "log"
+    opened.get_by_label("Value axis").select_option("symlog")
+    drawn = opened.evaluate("document.getElementById('line-plot').data[0].y[0]")
+    assert 10 * (10**drawn - 1) == pytest.approx(43.125)  # linear up to 10: all values are of that size
+    opened.evaluate("Plotly.Fx.hover('line-plot', [{curveNumber: 0, pointNumber: 0}])")
+    assert "rankme_cov 43.125" in opened.locator("#line-plot .hoverlayer").text_content()
+
+
+def test_units_and_meaning_stand_at_the_plot(opened: Any) -> None:
+    loss = next(metric for metric in load_all()["loss"].metrics if metric.name == "loss")
+    opened.locator("#line-metric").select_option(label="loss")
+    title = opened.evaluate("document.getElementById('line-plot').layout.yaxis.title.text")
+    assert title.startswith(f"loss ({loss.unit})")
+    caption = opened.locator("#line-caption").inner_text()
+    assert loss.formula in caption
+    assert "Protocol: loss 2; probe 9f86d081884c7d65" in caption
+
+
+def test_data_behind_the_other_plots(opened: Any) -> None:
+    phases = download(opened, "#phase-csv")
+    assert len(phases) == 61
+    assert phases[1].startswith("toy,seed1,0,0,rankme_cov,resid_post,3,,43.125")
+    assert download(opened, "#band-csv")[:3] == [
+        "series,run,method,label,first_step",
+        "toy,seed1,states,0,0",
+        "toy,seed1,states,1,32",
+    ]
+
+
+def test_focus_is_visible(opened: Any) -> None:
+    for name in ("step-unit", "step-axis", "link-axes", "line-metric", "theme"):
+        opened.locator(f"#{name}").focus()
+        opened.keyboard.press("Shift+Tab")
+        opened.keyboard.press("Tab")
+        assert opened.evaluate("document.activeElement.id") == name
+        assert opened.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+# ---- without a browser
+
+
+def test_phases_with_steps_and_what_changes(report_store: Store) -> None:
+    data = collect(report_store, "toy")
+    first, second, third = stages(data, paths(data))
+    assert (first.entered, first.runs, first.changes) == ("step 0", ["seed1", "seed2", "seed3"], [])
+    assert second.entered == "step 32 (32 to 64), 65.5 k tokens"
+    assert second.changes == ["loss falls by 0.75 and l2 rises by 1.5 sd"]
+    assert (third.entered, third.runs, third.total) == ("step 512, 1.05 M tokens", ["seed3"], 3)
+
+
+def test_a_state_entered_twice_counts_once(report_store: Store) -> None:
+    data = collect(report_store, "toy")
+    walks = {"seed1": [Stay(0, 0, 2, 3), Stay(1, 4, 8, 2), Stay(0, 16, 32, 2)]}
+    assert [stage.entered for stage in stages(data, walks)] == ["step 0", "step 4, 8.19 k tokens"]
+
+
+def test_the_summary_says_whether_smooth_curves_do_as_well(report_store: Store, tmp_path: Path) -> None:
+    def point(store: Store) -> tuple[str, bool]:
+        found = {point.title: point for point in summarize(collect(store, "toy"))}
+        answer = found["Are the phases more than smooth drift?"]
+        return answer.headline, answer.alarming
+
+    assert point(report_store) == ("Open", True)
+    shutil.copytree(report_store.root, tmp_path / "copy")
+    store = Store(tmp_path / "copy")
+    chosen = collect(store, "toy").chosen
+    assert chosen is not None
+    model = chosen["model"]
+    for explained, told in ((True, ("No: smooth curves do as well", True)), (False, ("Yes", False))):
+        row = {"model": model, "sentence": "s", "explained": explained, "notes": []}
+        store.write("nulls", [row], series="toy", name=model)
+        assert point(store) == told
+    store.write("nulls", [], series="toy", name=model)
+    assert point(store) == ("Not tested", True)
+
+
+def test_packing_keeps_five_digits_and_gaps() -> None:
+    rng = np.random.default_rng(0)
+    values = (10.0 ** rng.uniform(-200, 200, 400) * rng.choice([-1, 1], 400)).tolist()
+    values[7] = None
+    run = Run("r", list(range(400)), [None] * 400, [None] * 400, [None] * 400)
+    lines = [Trajectory("a", "m", None, None, None, None, [values]) for values in (values, None)]
+    packed = pack_values(lines, [run])
+    page = Elements("")
+    page.packed = packed.text
+    page.json = f'{{"digits": {packed.digits}, "runs": [{{"steps": {run.steps}}}], "trajectories": [0, 0]}}'
+    first, second = unpacked(page)
+    assert packed.digits == 5
+    assert np.isnan(first[0][7])
+    rest = [i for i in range(400) if i != 7]
+    assert [first[0][i] for i in rest] == [float(f"{values[i]:.5g}") for i in rest]
+    assert np.isnan(second[0]).all()
+
+
+def test_too_many_values_lose_digits_and_not_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("r", list(range(999)), [None] * 999, [None] * 999, [None] * 999)
+    values: list[float | None] = list(np.random.default_rng(0).normal(size=999))
+    line = Trajectory("a", "m", None, None, None, None, [values])
+    monkeypatch.setattr("flows.report.pack.LIMIT", 2000)
+    assert pack_values([line], [run]).digits == 3
+
+
+def test_the_page_of_a_large_series_can_be_mailed(tmp_path: Path) -> None:
+    """154 checkpoints x 24 layers of 40 metrics, with noise in every digit."""
+    store = Store(tmp_path)
+    rng = np.random.default_rng(1)
+    steps = [0, *(2**k for k in range(10)), *range(1000, 144_000, 1000)]
+    assert len(steps) == 154
+    places = [(f"metric{m}", layer) for m in range(40) for layer in range(24)]
+    level = np.exp(rng.normal(size=len(places)))
+    rows = [
+        {"analyzer": "a", "metric": metric, "site": "resid_post", "layer": layer, "value": value}
+        | {"step": step, "tokens": step * 2097152, "n": 65536}
+        for step in steps
+        for (metric, layer), value in zip(
+            places, level * (1 + 0.01 * rng.normal(size=len(places)) + np.log1p(step)), strict=True
+        )
+    ]
+    store.write("metrics", rows, series="large", run="seed0", name="all")
+    page = render_report(store, "large")
+    assert len(unpacked(Elements(page))) == len(places)
+    # plotly.js and what the page says take 2.1 MB; nine runs of this are 1.3 million values.
+    share = len(page.encode()) - 2_100_000
+    assert share > 0
+    assert 2_100_000 + 9 * share <= 8_000_000
+
+
+# ---- pictures
+
+
+def _drawn(store: Store, *arguments: Any) -> dict[str, bytes]:
+    # In a thread of its own: the browser of the other tests keeps this one's event loop.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(draw_figures, store, "toy", *arguments).result()
+
+
+def test_plots_as_png(report_store: Store, browser: Any) -> None:
+    drawn = _drawn(report_store, "png")
+    assert list(drawn) == ["trajectories", "layers", "phases", "map", "pieces"]
+    for raw in drawn.values():
+        assert raw.startswith(b"\x89PNG")
+        width, _ = struct.unpack(">II", raw[16:24])
+        assert width > 1500
+
+
+def test_plots_as_svg(report_store: Store, browser: Any) -> None:
+    drawn = _drawn(report_store, "svg", ["map", "trajectories"], "loss")
+    assert list(drawn) == ["map", "trajectories"]
+    for raw in drawn.values():
+        assert ElementTree.fromstring(raw).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "loss (nats per token)" in "".join(ElementTree.fromstring(drawn["trajectories"]).itertext())
+    assert "State 2" in "".join(ElementTree.fromstring(drawn["map"]).itertext())
+
+
+def test_pictures_that_cannot_be_drawn(report_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"no plot 'x' \(known: trajectories, layers"):
+        draw_figures(report_store, "toy", "png", ["x"])
+    with pytest.raises(UsageError, match="no trajectory 'x'"):
+        draw_figures(report_store, "toy", "png", [], "x")
+    monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
+    with pytest.raises(UsageError, match="pictures need Playwright and a Chromium"):
+        draw_figures(report_store, "toy", "png")
+
+
+def test_a_crowded_page_keeps_some_layers_of_most_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = [(m, layer, step) for m in "ab" for layer in [None, *range(9)] for step in range(10)]
+    metrics = pd.DataFrame(place, columns=["metric", "layer", "step"]).astype({"layer": "Int64"})
+    assert thinned(metrics, [], []).all()
+    monkeypatch.setattr("flows.report.crowding.MOST_VALUES", 150)
+    kept = metrics[thinned(metrics, [], [{"metrics": ["b[resid_post.3]"]}])]
+    assert len(kept) <= 150
+    found = {m: sorted(kept[kept["metric"] == m]["layer"].dropna().unique()) for m in "ab"}
+    assert found == {"a": [0, 3, 5, 8], "b": list(range(9))}
+    assert kept["layer"].isna().sum() == 20
