@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -44,12 +45,19 @@ SetOption = Annotated[
 
 
 def configured(
-    series: str, steps: str | None, analyzers: list[str] | None, settings: list[str] | None
+    series: str,
+    steps: str | None,
+    analyzers: list[str] | None,
+    settings: list[str] | None,
+    more: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The configuration of a series with what the command line says otherwise."""
+    """The configuration of a series with what the command line says otherwise.
+
+    ``more`` maps ``section.key`` to what other options say.
+    """
     from flows.config import parse_override, resolve
 
-    overrides = dict(parse_override(text) for text in settings or [])
+    overrides = dict(parse_override(text) for text in settings or []) | dict(more or {})
     if steps is not None:
         overrides["measure.steps"] = steps
     if analyzers:
