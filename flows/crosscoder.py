@@ -147,7 +147,7 @@ def _run(config: SeriesConfig, job: MeasureJob, run: str, chosen: list[Checkpoin
         run=run,
         pool=key,
         steps=jobs[0].steps,
-        keys=tuple(done["key"] for done in trained),
+        trained=tuple(done["key"] for done in trained),
         seeds=tuple(each.settings.seed for each in jobs),
         held_out=training.held_out,
         lifecycle=wanted.lifecycle,

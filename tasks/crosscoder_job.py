@@ -30,7 +30,7 @@ ROWS_AT_ONCE = 4096
 class ReadJob(BaseModel):
     """How trained crosscoders of one run are read; small and serialisable.
 
-    ``keys`` are those of the seeds, the first being the one whose features are stored; ``splice`` is the
+    ``trained`` are the keys of the seeds, the first being the one whose features are stored; ``splice`` is the
     number of sequences, 0 for none.
     """
 
@@ -41,7 +41,7 @@ class ReadJob(BaseModel):
     run: str
     pool: str
     steps: tuple[int, ...]
-    keys: tuple[str, ...]
+    trained: tuple[str, ...]
     seeds: tuple[int, ...]
     held_out: int
     lifecycle: LifecycleSettings
@@ -61,7 +61,7 @@ class ReadJob(BaseModel):
         return digest(
             {
                 "version": READ_VERSION,
-                "keys": self.keys,
+                "keys": self.trained,
                 "lifecycle": self.lifecycle.model_dump(),
                 "contexts": self.contexts,
                 "splice": self.splice,
@@ -74,7 +74,7 @@ class ReadJob(BaseModel):
     @property
     def folder(self) -> Path:
         """Folder of the first crosscoder."""
-        return self.folder_of(self.keys[0])
+        return self.folder_of(self.trained[0])
 
     @property
     def parts(self) -> Path:
@@ -91,7 +91,7 @@ class ReadJob(BaseModel):
 
     def crosscoder(self, device: torch.device | str = "cpu", key: str | None = None) -> Crosscoder:
         """The first crosscoder, or that of ``key``, on a device."""
-        found = load_crosscoder(self.folder_of(key or self.keys[0]))
+        found = load_crosscoder(self.folder_of(key or self.trained[0]))
         moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in dataclasses.fields(found)

@@ -69,7 +69,7 @@ def read_crosscoders(job: ReadJob) -> dict[str, Any]:
     pool, device = job.open_pool(), choose_device(job.device)
     every = np.arange(pool.rows)
     out = np.flatnonzero(held_out_rows(pool, job.held_out))
-    crosscoders = [job.crosscoder(device, key) for key in job.keys]
+    crosscoders = [job.crosscoder(device, key) for key in job.trained]
     evaluations = [evaluate(each, _values(pool, every)) for each in crosscoders]
     held_out = [evaluate(each, _values(pool, out)) if len(out) else None for each in crosscoders]
     first, evaluation = crosscoders[0], evaluations[0]
@@ -116,7 +116,7 @@ def _crosscoder_rows(
 ) -> Iterator[dict[str, Any]]:
     protocol = pool.info.protocol
     for number, (key, seed, evaluation, out) in enumerate(
-        zip(job.keys, job.seeds, evaluations, held_out, strict=True)
+        zip(job.trained, job.seeds, evaluations, held_out, strict=True)
     ):
         config = read_config(job.folder_of(key))
         settings = {
