@@ -20,7 +20,7 @@ from storage.window import Window
 from tasks.catalogue import Catalogue
 from tasks.crosscoder import TrainJob, train_one
 from tasks.crosscoder_job import ReadJob
-from tasks.crosscoder_models import effects_at_snapshot, lacks_effects, needs, visit_snapshot
+from tasks.crosscoder_models import contrast_tokens, effects_at_snapshot, lacks_effects, needs, visit_snapshot
 from tasks.crosscoder_reading import is_read, read_all
 from tasks.harvest import snapshot_of
 from tasks.job import MeasureJob
@@ -122,6 +122,10 @@ def _run(config: SeriesConfig, job: MeasureJob, run: str, chosen: list[Checkpoin
     if len(checkpoints) < 2:
         raise UsageError(f"the pool of run {run!r} has {len(checkpoints)} snapshots; two or more are needed")
     training, wanted = config.crosscoder.train, config.crosscoder
+    tokenizer = _tokenizer(config, job, checkpoints[0])
+    effects = wanted.effects and wanted.mode == "activations"
+    if effects:
+        contrast_tokens(wanted.pairs, tokenizer, whole)  # what is wrong with them is said before the training
     options = training.model_dump(exclude={"latents", "seed", "batch", "seeds", "held_out", "save_minutes"})
     latents = training.latents or _LATENTS_PER_CHANNEL * whole.width
     jobs = [
@@ -154,9 +158,9 @@ def _run(config: SeriesConfig, job: MeasureJob, run: str, chosen: list[Checkpoin
         contexts=wanted.contexts,
         splice=splice,
         splice_note=note,
-        effects=wanted.effects and wanted.mode == "activations",
+        effects=effects,
         pairs=wanted.pairs,
-        tokenizer=_tokenizer(config, job, checkpoints[0]),
+        tokenizer=tokenizer,
         device=job.device,
         dtype=job.dtype,
         loader=job.loader,

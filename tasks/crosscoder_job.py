@@ -30,8 +30,8 @@ ROWS_AT_ONCE = 4096
 class ReadJob(BaseModel):
     """How trained crosscoders of one run are read; small and serialisable.
 
-    ``trained`` are the keys of the seeds, the first being the one whose features are stored; ``splice`` is the
-    number of sequences, 0 for none.
+    ``trained`` are the keys of the seeds, the first being the one whose features are stored; ``splice`` is
+    the number of sequences, 0 for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -66,7 +66,7 @@ def visit(job: ReadJob, snapshot: int, folder: Path) -> None:
     if job.splice and not splice_part(job, snapshot).is_file():
         write_json(splice_part(job, snapshot), _splice(job, pool, model, snapshot))
     if job.effects and not contrast_part(job, snapshot).is_file():
-        contrasts = contrast_tokens(job, pool)
+        contrasts = contrast_tokens(job.pairs, job.tokenizer, pool)
         device = next(model.model.parameters()).device
         places = contrasts.places()
         found = activations_at(model, protocol["site"], protocol["layer"], contrasts.tokens.to(device))
@@ -110,13 +110,13 @@ def _splice(job: ReadJob, pool: Pool, model: Any, snapshot: int) -> dict[str, An
     }
 
 
-def contrast_tokens(job: ReadJob, pool: Pool) -> ContrastTokens:
-    """The contrast task as tokens of the run.
+def contrast_tokens(pairs: str | None, tokenizer_folder: str, pool: Pool) -> ContrastTokens:
+    """The contrast task, of the file ``pairs`` or our own, as tokens of the run.
 
     Raises:
         UsageError: the file cannot be read, or no item fits the tokenizer.
     """
-    tokenizer = open_tokenizer(job.tokenizer)
+    tokenizer = open_tokenizer(tokenizer_folder)
     first = pool.info.protocol["probe"]["bos"] == "first"
 
     def encode(text: str) -> list[int]:
@@ -125,8 +125,8 @@ def contrast_tokens(job: ReadJob, pool: Pool) -> ContrastTokens:
 
     try:
         items = subject_verb_agreement()
-        if job.pairs:
-            items = parse_contrasts(Path(job.pairs).read_text(encoding="utf-8").splitlines())
+        if pairs:
+            items = parse_contrasts(Path(pairs).read_text(encoding="utf-8").splitlines())
         return tokenise(items, encode, tokenizer.bos_token_id if first else None)
     except (OSError, ValueError) as error:
         raise UsageError(f"contrasts: {error}") from None
@@ -141,7 +141,7 @@ def effects_at(job: ReadJob, snapshot: int, folder: Path) -> None:
     if effects_part(job, snapshot).is_file():
         return
     pool = job.open_pool()
-    protocol, contrasts = pool.info.protocol, contrast_tokens(job, pool)
+    protocol, contrasts = pool.info.protocol, contrast_tokens(job.pairs, job.tokenizer, pool)
     crosscoder = job.crosscoder()
     scaled = [
         torch.from_numpy(np.load(contrast_part(job, s))) * scale for s, scale in enumerate(crosscoder.scale)
