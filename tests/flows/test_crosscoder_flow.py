@@ -285,7 +285,7 @@ def test_kill_in_training_then_again_equals_undisturbed(
     assert not list(folder.glob("state*"))
 
 
-def test_vocabulary_rows_have_items_instead_of_contexts(tiny_series: Path, tmp_path: Path) -> None:
+def test_vocabulary_rows_have_items_instead_of_contexts(tiny_series: Path, cli: Cli, tmp_path: Path) -> None:
     config = resolve(
         f"dir:{tiny_series}",
         {
@@ -309,7 +309,7 @@ def test_vocabulary_rows_have_items_instead_of_contexts(tiny_series: Path, tmp_p
 
 
 def test_a_study_trains_where_the_series_says_so(
-    tiny_series: Path, tmp_path: Path, prefect_server: str
+    tiny_series: Path, cli: Cli, tmp_path: Path
 ) -> None:
     settings = {
         "measure.analyzers": ["loss", "weights", "spectra"],
