@@ -308,9 +308,7 @@ def test_vocabulary_rows_have_items_instead_of_contexts(tiny_series: Path, cli: 
     assert open_root(tmp_path).table("crosscoders", "tiny").to_pandas()["rows"].unique().tolist() == [300]
 
 
-def test_a_study_trains_where_the_series_says_so(
-    tiny_series: Path, cli: Cli, tmp_path: Path
-) -> None:
+def test_a_study_trains_where_the_series_says_so(tiny_series: Path, cli: Cli, tmp_path: Path) -> None:
     settings = {
         "measure.analyzers": ["loss", "weights", "spectra"],
         "measure.batch": 8,
