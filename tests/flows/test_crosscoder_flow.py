@@ -321,6 +321,10 @@ def test_a_study_trains_where_the_series_says_so(tiny_series: Path, cli: Cli, tm
         "crosscoder.train.steps": 5,
         "states.trajectories": ["loss", "feature_alive_share[resid_post.1]"],
         "states.fit.k_max": 2,
+        "states.fit.restarts": 2,
+        "states.fit.folds": 0,
+        "states.fit.bootstraps": 0,
+        "states.fit.surrogates": 0,
     }
     summary = study_series(resolve(f"dir:{tiny_series}", settings), str(tmp_path))
     assert summary.crosscoder is not None
