@@ -281,6 +281,7 @@ def list_(
         for name in sorted(set(there) - set(names)):
             table.add_row(name, "", "yes")
     elif what in ("analyzers", "metrics"):
+        from analyzers.crosscoder.population import METRICS as CROSSCODER_METRICS
         from analyzers.registry import load_all
 
         if what == "analyzers":
@@ -292,6 +293,8 @@ def list_(
             for name, cls in load_all().items():
                 for m in cls.metrics:
                     table.add_row(m.name, name, m.formula, m.unit, m.range)
+            for m in CROSSCODER_METRICS:
+                table.add_row(m.name, "crosscoder", m.formula, m.unit, m.range)
     elif what == "tables":
         store = Store(root)
         table = Table("table", "files", "rows", "what")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import printing
-from flows.options import RootOption, SeriesArgument, SetOption, app, in_store, quiet, studied
+from flows.options import RootOption, SeriesArgument, SetOption, app, configured, in_store, quiet, studied
 from flows.printing import out
 from storage.errors import UsageError
 from storage.store import DEFAULT_ROOT, Store
@@ -39,6 +39,62 @@ def curves(
     if summary.remark:
         out.print(f"{summary.remark}.", markup=False)
     printing.print_curves(summary, tuple(metric or ()))
+
+
+@app.command()
+def crosscoder(
+    series: SeriesArgument,
+    root: RootOption = DEFAULT_ROOT,
+    run: Annotated[
+        list[str] | None,
+        typer.Option("--run", metavar="RUN", help="run to train on; may be given several times"),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option("--steps", metavar="LIST", help="snapshots, as 0,1,2,4..512,1000..143000:1000"),
+    ] = None,
+    train_steps: Annotated[
+        int | None, typer.Option("--train-steps", metavar="N", help="steps of the crosscoder's training")
+    ] = None,
+    latents: Annotated[
+        int | None, typer.Option(metavar="M", help="latents; default: 16 for each channel")
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", metavar="K", help="active latents per token")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="crosscoders to train; 3 or more give a stability")
+    ] = None,
+    splice: Annotated[
+        bool | None,
+        typer.Option("--splice/--no-splice", help="measure the loss with spliced reconstructions"),
+    ] = None,
+    effects: Annotated[
+        bool, typer.Option("--effects", help="also compute indirect effects on subject-verb agreement")
+    ] = False,
+    settings: SetOption = None,
+) -> None:
+    """Train crosscoders over the checkpoints of each run, and follow their features from birth to death.
+
+    Activations that the pool lacks are harvested first. An interrupted training goes on from its last state;
+    what is there is not computed again. docs/crosscoder.md says what is computed and how to read it.
+    """
+    from flows.crosscoder import crosscoder_series
+
+    given = {
+        "steps": steps,
+        "train.steps": train_steps,
+        "train.latents": latents,
+        "train.k": k,
+        "train.seeds": seeds,
+        "splice": splice,
+        "effects": effects or None,
+        "runs": run or None,
+    }
+    overrides = {f"crosscoder.{key}": value for key, value in given.items() if value is not None}
+    config = configured(series, None, None, settings, more=overrides)
+    quiet()
+    summary = crosscoder_series(config, root)
+    printing.print_crosscoders(summary)
+    raise typer.Exit(1 if summary.failed else 0)
 
 
 @app.command()

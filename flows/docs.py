@@ -5,7 +5,7 @@ tables between two markers.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from analyzers.base import Metric
+from analyzers.crosscoder.population import METRICS as CROSSCODER_METRICS
 from analyzers.registry import load_all
 from flows.cli import app
 from flows.config import SeriesConfig
@@ -57,12 +59,30 @@ def metrics_page() -> str:
                 f"| `{key}` | `{_default(f)}` | {_cell(f.description or '')} |" for key, f in fields.items()
             ]
             lines.append("")
-        lines += ["| metric | formula | unit | range | reference |", "|---|---|---|---|---|"]
-        for m in cls.metrics:
-            cells = (f"`{m.name}`", m.formula, m.unit, m.range, m.reference)
-            lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
-        lines.append("")
-    return "\n".join([*lines, *_training_log(), *_IMPORTED])
+        lines += [*_metric_table(cls.metrics), ""]
+    return "\n".join([*lines, *_crosscoder(), *_training_log(), *_IMPORTED])
+
+
+def _metric_table(metrics: Iterable[Metric]) -> list[str]:
+    lines = ["| metric | formula | unit | range | reference |", "|---|---|---|---|---|"]
+    for m in metrics:
+        cells = (f"`{m.name}`", m.formula, m.unit, m.range, m.reference)
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return lines
+
+
+def _crosscoder() -> list[str]:
+    """Metrics of the features of a crosscoder, which reads many checkpoints at once."""
+    return [
+        "## crosscoder (`ontogeny crosscoder`)",
+        "",
+        "The population of features at the snapshots of a run",
+        "([crosscoder_evolution.md](crosscoder_evolution.md)).",
+        "The protocol names pool, snapshots and settings: values of two crosscoders do not compare.",
+        "",
+        *_metric_table(CROSSCODER_METRICS),
+        "",
+    ]
 
 
 def _training_log() -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -68,11 +69,15 @@ def configured(
     settings: list[str] | None,
     runner: str | None = None,
     workers: int | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The configuration of a series with what the command line says otherwise."""
+    """The configuration of a series with what the command line says otherwise.
+
+    ``more`` maps ``section.key`` to what other options say.
+    """
     from flows.config import parse_override, resolve
 
-    overrides = dict(parse_override(text) for text in settings or [])
+    overrides = dict(parse_override(text) for text in settings or []) | dict(more or {})
     if steps is not None:
         overrides["measure.steps"] = steps
     if analyzers:

@@ -348,7 +348,37 @@ def print_study(summary: Any, root: str) -> None:
     """All that a study did, and where its results are."""
     print_measured(summary.measure)
     print_curves(summary.curves)
+    if summary.crosscoder is not None:
+        print_crosscoders(summary.crosscoder)
     print_states(summary.states)
     if not summary.anything_new:
         out.print("Nothing was computed anew.")
     out.print(f"tables: {root}/tables\nreport: {summary.report}", soft_wrap=True)
+
+
+def print_crosscoders(summary: Any) -> None:
+    """What was trained, how good it is at each snapshot, and what kinds of features there are."""
+    if summary.harvested:
+        out.print(f"Harvested {summary.harvested} snapshots into the pool.")
+    for label in summary.failed:
+        out.print(f"[red]failed:[/red] {escape(label)} (see the table failures)")
+    for run in summary.runs:
+        done = f"trained {run.trained}" if run.trained else "nothing was trained anew"
+        shared = "" if run.shared is None else f", {run.shared:.0%} of them found again in other seeds"
+        kinds = ", ".join(f"{count} {name}" for name, count in run.classes.items())
+        out.print(
+            f"{run.run}: {done}; {run.latents:,} latents on {run.rows:,} rows, {run.dead:.1%} dead. "
+            f"{run.features:,} features{shared}: {kinds or 'none'}.",
+            markup=False,
+            soft_wrap=True,
+        )
+        table = Table("step", "explained", "held out", "L0", "loss increase", "recovered")
+        for q in run.quality:
+            numbers = (q.explained_variance, q.explained_held_out, q.l0, q.loss_increase, q.loss_recovered)
+            forms = (".3f", ".3f", ".1f", ".3f", ".2f")
+            cells = ["" if x is None else format(x, f) for x, f in zip(numbers, forms, strict=True)]
+            table.add_row(f"{q.step:,}", *cells)
+        out.print(table)
+        for note in run.notes:
+            out.print(f"  {note}", markup=False, soft_wrap=True)
+        out.print(f"  weights: {run.folder}", markup=False, soft_wrap=True)

@@ -1,9 +1,10 @@
-"""Flow: all of it for one series: audit, measure, curves, states, report."""
+"""Flow: all of it for one series: audit, measure, curves, crosscoder, states, report."""
 
 from prefect import flow
 from pydantic import BaseModel
 
 from flows.config import SeriesConfig, default_root
+from flows.crosscoder import CrosscoderSummary, crosscoder_series
 from flows.curves import CurvesSummary, curves_of
 from flows.measure import MeasureSummary, measure_series
 from flows.render import report_series
@@ -17,6 +18,7 @@ class StudySummary(BaseModel):
     measure: MeasureSummary
     curves: CurvesSummary
     states: StatesSummary
+    crosscoder: CrosscoderSummary | None
     report: str
     anything_new: bool
 
@@ -25,17 +27,26 @@ class StudySummary(BaseModel):
 def study_series(config: SeriesConfig, root: str = default_root()) -> StudySummary:
     """Measure what is missing, find phases, fit the states, write the report.
 
+    With ``crosscoder.harvest`` crosscoders are trained too, before the states, which may read their metrics.
     Where nothing is new the report is left alone.
     """
     measured = measure_series(config, root)
     curves = curves_of(config, root, absent="skip")
+    crosscoders = crosscoder_series(config, root, measured) if config.crosscoder.harvest else None
     states = fit_states_of(config, root)
     new = bool(
         measured.keys_computed or measured.failed or curves.computed or states.computed or states.compared
-    )
+    ) or bool(crosscoders and crosscoders.anything_new)
     store = Store(root)
     report = f"{root}/reports/{config.name}.html"
     if new or not store.fs.exists(f"{store.path}/reports/{config.name}.html"):
         report_series(config.name, root)
         new = True
-    return StudySummary(measure=measured, curves=curves, states=states, report=report, anything_new=new)
+    return StudySummary(
+        measure=measured,
+        curves=curves,
+        states=states,
+        crosscoder=crosscoders,
+        report=report,
+        anything_new=new,
+    )

@@ -144,13 +144,19 @@ def plan_snapshot(job: MeasureJob, checkpoint: Checkpoint, probe: Probe | None) 
     harvest = job.harvest
     if harvest is None or checkpoint.label not in harvest.chosen or checkpoint.weights_sha256 is None:
         return None
-    folder = tokenizer_folder(checkpoint, job.scratch)
-    if harvest.mode != "activations":
-        planned = _of_vocabulary(job, harvest, checkpoint, folder)
-    else:
-        planned = _of_probe(job, harvest, checkpoint, folder, probe)
+    planned = snapshot_of(job, harvest, checkpoint, probe)
     name = snapshot_name(checkpoint.revision, checkpoint.weights_sha256)
     return None if has_snapshot(job.root, planned.info.key, name) else planned
+
+
+def snapshot_of(
+    job: MeasureJob, harvest: HarvestJob, checkpoint: Checkpoint, probe: Probe | None = None
+) -> PlannedSnapshot:
+    """The checkpoint's snapshot, whether the pool has it or not; raises as :func:`plan_snapshot`."""
+    folder = tokenizer_folder(checkpoint, job.scratch)
+    if harvest.mode != "activations":
+        return _of_vocabulary(job, harvest, checkpoint, folder)
+    return _of_probe(job, harvest, checkpoint, folder, probe)
 
 
 def _of_vocabulary(

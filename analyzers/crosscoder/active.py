@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from analyzers.crosscoder.pairs import PairReader
 from analyzers.crosscoder.weights import Crosscoder
 
 
@@ -60,17 +61,13 @@ def find_active(crosscoder: Crosscoder, rows: Float[Tensor, "tokens inputs"], si
     """
     if not bool(torch.isfinite(rows).all()):
         raise ValueError("activations are not finite")
-    if crosscoder.gate == "shared":
-        norms = crosscoder.strengths().sum(dim=1)
-    else:
-        norms = crosscoder.strengths().amax(dim=1)
+    reader = PairReader(crosscoder)  # what is active is decided there alone
     tokens, features, values = [], [], []
     for start in range(0, rows.shape[0], size):
-        before = crosscoder.before_gate(rows[start : start + size])
-        token, feature = torch.nonzero((before > 0) & (before * norms > crosscoder.threshold), as_tuple=True)
-        tokens.append(token + start)
-        features.append(feature)
-        values.append(before[token, feature])
+        pairs = reader.read(rows[start : start + size])
+        tokens.append(pairs.tokens + start)
+        features.append(pairs.latents)
+        values.append(pairs.values)
     if not tokens:
         none = torch.zeros(0, dtype=torch.int64)
         return Active(none, none, torch.zeros(0), 0, crosscoder.latents)

@@ -10,13 +10,11 @@ Matmul = Literal["auto", "float32", "bfloat16"]
 """Number format of the encoder's product; ``auto`` is bfloat16 on CUDA and float32 elsewhere."""
 
 
-class TrainSettings(BaseModel):
-    """Size, sparsity and schedule of one crosscoder (docs/crosscoder.md)."""
+class TrainOptions(BaseModel):
+    """All of :class:`TrainSettings` but its size and its length."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    latents: Annotated[int, Field(ge=1, description="latents of the dictionary")]
-    steps: Annotated[int, Field(ge=1, description="steps of the optimiser; the schedule ends with them")]
     activation: Annotated[Activation, Field(description="what keeps latents few")] = "batch-topk"
     gate: Annotated[Gate, Field(description="one gate for all snapshots, or each its own")] = "shared"
     k: Annotated[
@@ -72,18 +70,29 @@ class TrainSettings(BaseModel):
         int | None, Field(ge=1, description="rows computed at once; absent: all rows of a step")
     ] = None
     matmul: Annotated[Matmul, Field(description="number format of the encoder's product")] = "auto"
-    seed: Annotated[int, Field(ge=0, description="seed of the start")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of the start, and of the order of the rows")] = 0
 
     @model_validator(mode="after")
-    def _fits(self) -> "TrainSettings":
-        if self.activation == "batch-topk" and self.k > self.latents:
-            raise ValueError(f"k is {self.k}, more than the {self.latents} latents")
+    def _possible(self) -> "TrainOptions":
         if self.activation == "batch-topk" and self.penalty is not None:
             raise ValueError("batch-topk has no penalty: leave it out")
         if self.warm_up + self.decay > 1:
             raise ValueError(
                 f"warm_up and decay are shares of the steps: {self.warm_up} and {self.decay} exceed 1"
             )
+        return self
+
+
+class TrainSettings(TrainOptions):
+    """Size, sparsity and schedule of one crosscoder (docs/crosscoder.md)."""
+
+    latents: Annotated[int, Field(ge=1, description="latents of the dictionary")]
+    steps: Annotated[int, Field(ge=1, description="steps of the optimiser; the schedule ends with them")]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainSettings":
+        if self.activation == "batch-topk" and self.k > self.latents:
+            raise ValueError(f"k is {self.k}, more than the {self.latents} latents")
         return self
 
     @property

@@ -60,6 +60,27 @@ def row_of(places: Int64[Tensor, "n 2"], shape: tuple[int, int]) -> Int64[Tensor
     return rows
 
 
+@torch.no_grad()
+def activations_at(
+    model: Model, site: str, layer: int | None, tokens: Int64[Tensor, "sequences time"], batch: int = 8
+) -> Float[Tensor, "sequences time width"]:
+    """Activations of whole sequences at a site, in the model's units and dtype; for a few sequences.
+
+    Raises:
+        KeyError: the model has no such site.
+    """
+    found: list[Tensor] = []
+
+    def watch(activations: Tensor) -> Tensor:
+        found.append(activations)
+        return activations
+
+    with replaced(model.module(site, layer), watch):
+        for start in range(0, tokens.shape[0], batch):
+            model.run(tokens[start : start + batch], logits=False)
+    return torch.cat(found)
+
+
 @dataclass(frozen=True)
 class SpliceLosses:
     """Mean cross-entropy of the next token, in nats, over the predictions made at position 1 and later.

@@ -97,13 +97,13 @@ def stability(
     kept: Bool[np.ndarray, "latents"] | None = None,
     others_kept: Sequence[Bool[np.ndarray, "others"]] | None = None,
 ) -> Stability:
-    """Stability of every latent over at least two other seeds of the same training.
+    """Stability of every latent over the other seeds of the same training; more than one is better.
 
     Raises:
-        ValueError: fewer than two others, or they do not fit.
+        ValueError: there is no other seed, or they do not fit.
     """
-    if len(others) < 2:
-        raise ValueError(f"stability needs at least two other seeds, there are {len(others)}")
+    if not others:
+        raise ValueError("stability needs another seed, there is none")
     masks = [None] * len(others) if others_kept is None else list(others_kept)
     matchings = tuple(match(crosscoder, each, kept, mask) for each, mask in zip(others, masks, strict=True))
     mean = np.mean([each.cosine for each in matchings], axis=0)

@@ -1,5 +1,6 @@
 """The report: one self-contained HTML page about a series, read from its tables."""
 
+from flows.report.crosscoder import parts
 from flows.report.data import collect
 from flows.report.page import render
 from storage import Store
@@ -15,4 +16,5 @@ def render_report(store: Store, series: str) -> str:
     Raises:
         UsageError: the store holds no table of ``series``.
     """
-    return render(collect(store, series))
+    data = collect(store, series)
+    return render(data, parts(store, data))

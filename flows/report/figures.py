@@ -58,7 +58,7 @@ def draw_figures(
         raise UsageError(f"the report of {series} shows no trajectory {metric!r}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.html"
-        path.write_text(render(data), encoding="utf-8")
+        path.write_text(render(data, []), encoding="utf-8")
         return _drawn(path, kind, plots, None if metric is None else names.index(metric))
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from analyzers.latent import training_map
 from analyzers.registry import load_all
-from flows.report import baselines, drivers, growth, heads, outcomes, phases, states, text
+from flows.report import baselines, crosscoder, drivers, growth, heads, outcomes, phases, states, text
 from flows.report.data import Protocol, ReportData, Row, Trajectory, read_json
 from flows.report.pack import pack_values, packed_plotly
 from flows.report.selection import HEIGHT, WIDTH, panels
@@ -21,7 +21,7 @@ _HERE = Path(__file__).parent
 _DEFAULT = ("rankme_cov", "resid_post")
 
 
-def render(data: ReportData) -> str:
+def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> str:
     """The complete page; everything that comes from the tables is escaped."""
     rows = states.state_rows(data)
     phase_places = phases.places(data)
@@ -69,6 +69,9 @@ def render(data: ReportData) -> str:
         phase_places=phase_places,
         growth_places=growth_places,
         head_maps=head_maps,
+        crosscoders=crosscoders,
+        crosscoder_payload=Markup(crosscoder.payload_text(crosscoders)),
+        crosscoder_script=Markup((_HERE / "crosscoder.js").read_text(encoding="utf-8")),
         layered=any(t.layer is not None for t in data.trajectories),
         lasting=lasting(data),
         protocols=[_protocol_row(protocol) for protocol in data.protocols],

@@ -151,7 +151,7 @@
       try {
         zoom = change["xaxis.autorange"] || same([from, to], plot) ? null : [from, to];
         if (zoom === null) drawAll();
-        else for (const other of plots()) if (other !== plot && other.layout) await Plotly.relayout(other, { "xaxis.range": [...zoom] });
+        else for (const other of stepPlots()) if (other !== plot && other.layout) await Plotly.relayout(other, { "xaxis.range": [...zoom] });
       } finally { following = false; }
     });
   }
@@ -600,7 +600,7 @@
 
   const drawAll = () => {
     drawLines(); drawHeat(); drawPhases(); drawGrowth(); drawBands(); drawHeads();
-    plots().forEach(link);
+    stepPlots().forEach(link);
   };
 
   if (byId("step-axis")) {
@@ -644,6 +644,8 @@
   }
 
   const plots = () => [...document.querySelectorAll("div.plot")];
+  // The section on crosscoders has an axis of its own.
+  const stepPlots = () => plots().filter((plot) => !plot.id.startsWith("crosscoder"));
   const toggle = byId("theme");
   function themed() {
     toggle.textContent = isDark() ? "Light theme" : "Dark theme";

@@ -84,8 +84,8 @@ def test_dead_and_missing_latents_have_no_partner() -> None:
 
 def test_what_cannot_be_matched_is_refused() -> None:
     one = random_crosscoder()
-    with pytest.raises(ValueError, match="at least two other seeds, there are 1"):
-        stability(one, [one])
+    with pytest.raises(ValueError, match="needs another seed"):
+        stability(one, [])
     with pytest.raises(ValueError, match="cannot be matched"):
         match(one, random_crosscoder(snapshots=5, width=3))
 
