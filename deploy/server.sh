@@ -31,7 +31,9 @@ stop() {
   trap - EXIT INT TERM
   # The worker first: it tells the server what becomes of its runs.
   for process in $worker $server; do
-    kill "$process" 2>/dev/null || true
+    kill "$process" 2>/dev/null || continue
+    for _ in $(seq 60); do kill -0 "$process" 2>/dev/null || break; sleep 0.5; done
+    kill -9 "$process" 2>/dev/null || true
     wait "$process" 2>/dev/null || true
   done
 }

@@ -644,8 +644,7 @@
   }
 
   const plots = () => [...document.querySelectorAll("div.plot")];
-  // The section on crosscoders has an axis of its own.
-  const stepPlots = () => plots().filter((plot) => !plot.id.startsWith("crosscoder"));
+  const stepPlots = () => plots().filter((plot) => !("ownAxis" in plot.dataset));
   const toggle = byId("theme");
   function themed() {
     toggle.textContent = isDark() ? "Light theme" : "Dark theme";

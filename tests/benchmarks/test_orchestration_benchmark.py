@@ -14,7 +14,7 @@ from benchmarks import orchestration
 
 
 def test_both_sides_measure_the_same_checkpoints() -> None:
-    shape = orchestration.Shape(width=16, layers=1, vocabulary=300, length=16, sequences=4, steps=2, every=1)
+    shape = orchestration.Shape(width=32, layers=1, vocabulary=300, length=16, sequences=4, steps=2, every=1)
     (line,) = orchestration.run(shape, repeats=1)
     assert line.name == "orchestration"
     assert line.notes["checkpoints"] == 3

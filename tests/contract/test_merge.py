@@ -11,7 +11,7 @@ from torch import Tensor
 from analyzers.adapters import Adapter
 from analyzers.base import ActivationAnalyzer, ActivationComparison, PassAnalyzer, Result
 from analyzers.gram import GramSpec
-from analyzers.reductions import Batch, Spec, State
+from analyzers.reductions import Spec, State
 from analyzers.registry import load_all
 from analyzers.runner import batches, merged, run_pass
 
@@ -36,7 +36,7 @@ def rows(reader: PassAnalyzer, states: dict[Spec, State], adapter: Adapter) -> R
 
 def in_parts(adapter: Adapter, tokens: Tensor, cuts: list[int], specs: list[Spec]) -> dict[Spec, State]:
     """As workers would do it: each sees its sequences only, by their numbers within the probe."""
-    whole = Batch(tokens, torch.arange(len(tokens)))
+    whole = next(batches(tokens, len(tokens)))
     ends = zip([0, *cuts], [*cuts, len(tokens)], strict=True)
     parts = [whole.part(slice(start, end)) for start, end in ends]
     split = [[part.part(slice(k, k + 2)) for k in range(0, len(part.tokens), 2)] for part in parts]

@@ -380,14 +380,14 @@ def test_memory_does_not_grow_with_checkpoints(
 MEMORY = """
 import sys
 from pathlib import Path
-import flows.measure
+import tasks.walk
 from flows.cli import main
-measured = flows.measure._measure_one
+measured = tasks.walk._measure
 def watched(*arguments):
     measured(*arguments)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     print(pages, file=sys.stderr)
-flows.measure._measure_one = watched
+tasks.walk._measure = watched
 sys.argv = ["ontogeny", *{arguments!r}]
 main()
 """

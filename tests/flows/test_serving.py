@@ -163,6 +163,7 @@ def test_cancelling_stops_in_mid_run_and_leaves_whole_files(
     assert len(machine.stored(tmp_path)) == done
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_replaced_and_its_run_found_and_recovered(
     machine: Machine, tiny_series: Path, tmp_path: Path
 ) -> None:
@@ -184,4 +185,5 @@ def test_a_killed_worker_is_replaced_and_its_run_found_and_recovered(
     assert machine.ended(again) == "COMPLETED", machine.logs()
     assert len(measured_rows(tmp_path, "metrics").query("metric == 'loss'")) == 12
     counts = json.loads(open_root(tmp_path).table("provenance").to_pylist()[-1]["counts"])
-    assert counts["checkpoints_measured"] <= 12 - done
+    # The one in hand may have had its loss stored and not yet the rest.
+    assert counts["checkpoints_measured"] <= 12 - done + 1
