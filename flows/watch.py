@@ -83,9 +83,9 @@ def watch_series(
 
     An alert is a checkpoint with a flag of docs/decode.md (event ``ontogeny.anomaly``), or the first one of
     its run in a state (``ontogeny.new-phase``; a run's first checkpoint is none). Checkpoints that the model
-    was fitted to are no alerts. Those decoded since the last complete watch are told, so that one that was
-    killed between decoding and telling loses none; an event told twice has the same id, and the server keeps
-    one.
+    was fitted to are no alerts. Those decoded since the last complete watch ended are told, so that one that
+    was killed between decoding and telling loses none; an event told twice has the same id, and the server
+    keeps one.
 
     Args:
         config: the series, as it is measured
@@ -118,7 +118,7 @@ def watch_series(
 def _last_complete(store: Store, series: str) -> datetime | None:
     rows = store.table("provenance", series).to_pylist()
     watches = [r for r in rows if r["command"] == "watch" and json.loads(r["counts"]).get("complete")]
-    return max((row["started"] for row in watches), default=None)
+    return max((row["finished"] for row in watches), default=None)
 
 
 def alerts(store: Store, series: str, model: str, since: datetime | None) -> list[Alert]:
