@@ -1,17 +1,14 @@
-"""Compiled loops over rows for nearest neighbours. They release the interpreter: callers run them in threads.
+"""Compiled loops over rows for nearest neighbours."""
 
-``no_type_check`` because numba compiles plain functions only, not those that a run-time checker has wrapped.
-"""
-
-from typing import no_type_check
+from typing import Any
 
 import numpy as np
-from numba import njit
+
+from analyzers.loops import compiled
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-@no_type_check
-def squared_distance(one, other):
+@compiled(reorder=True)
+def squared_distance(one: Any, other: Any) -> Any:
     """Of two rows, from their differences in float64."""
     total = 0.0
     for column in range(len(one)):
@@ -20,9 +17,8 @@ def squared_distance(one, other):
     return total
 
 
-@njit(nogil=True, cache=True)
-@no_type_check
-def replace_largest(heap, value):
+@compiled(reorder=False)
+def replace_largest(heap: Any, value: Any) -> None:
     """Put ``value`` in place of the root of a heap whose root is its largest."""
     place = 0
     while True:
@@ -38,9 +34,10 @@ def replace_largest(heap, value):
     heap[place] = value
 
 
-@njit(nogil=True, cache=True)
-@no_type_check
-def nearest_of_block(rows, dots, norms, start, share, floor, distance, index):
+@compiled(reorder=False)
+def nearest_of_block(
+    rows: Any, dots: Any, norms: Any, start: int, share: float, floor: float, distance: Any, index: Any
+) -> None:
     """Fill ``distance`` and ``index`` for the rows from ``start`` on, one for each row of ``dots``.
 
     ``norms_i + norms_j - 2 dots_ij`` is a squared distance with an error of at most ``share (norms_i +
@@ -76,9 +73,8 @@ def nearest_of_block(rows, dots, norms, start, share, floor, distance, index):
             index[row, place] = found[order[place]]
 
 
-@njit(nogil=True, cache=True)
-@no_type_check
-def two_nearest_inside(rows, distance, index, start, first, second):
+@compiled(reorder=False)
+def two_nearest_inside(rows: Any, distance: Any, index: Any, start: int, first: Any, second: Any) -> int:
     """Distances of every member of a neighbourhood to its two nearest other members, from ``start`` on.
 
     A member's list of neighbours is ascending: its first two entries that are members too are the two. Only

@@ -1,14 +1,13 @@
 """Nearest neighbours of sampled tokens: exact Euclidean distances, in blocks of bounded memory."""
 
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from analyzers.loops import over_ranges
 from analyzers.neighbour_loops import nearest_of_block, two_nearest_inside
 
 # Numbers in one block of work: 8 MB in float32.
@@ -63,7 +62,7 @@ def nearest(
         def fill(first: int, last: int, start: int = start, dots: Any = dots) -> None:
             nearest_of_block(exact, dots[first:last], norms, start + first, share, floor, *filled)
 
-        _threaded(fill, len(dots))
+        over_ranges(fill, _shares(len(dots)))
     return distance, index
 
 
@@ -86,16 +85,14 @@ def two_nearest(
         computed: int = two_nearest_inside(exact, *lists, start, one[start:end], two[start:end])
         return computed
 
-    return first, second, sum(_threaded(fill, len(rows)))
+    return first, second, sum(over_ranges(fill, _shares(len(rows))))
 
 
 def _contiguous(values: Tensor) -> Any:
     return values.contiguous().numpy()
 
 
-def _threaded(work: Callable[[int, int], Any], count: int) -> list[Any]:
-    """``work(first, last)`` on one part of ``range(count)`` per thread. Rows are worked on one by one."""
+def _shares(count: int) -> list[int]:
+    """Cuts of ``range(count)`` into a part per thread. Rows are worked on one by one, whatever the parts."""
     threads = torch.get_num_threads()
-    bounds = [count * part // threads for part in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, bounds[:-1], bounds[1:]))
+    return [count * part // threads for part in range(threads + 1)]

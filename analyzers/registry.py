@@ -2,8 +2,8 @@
 
 import difflib
 import warnings
-from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
 from analyzers.base import Analyzer
 
@@ -62,8 +62,12 @@ def load_all() -> dict[str, type[Analyzer]]:
 _broken: set[str] = set()
 
 
-def _load(point: EntryPoint) -> None:
-    """Register a third party's analyzer; one that fails is named in a warning, and the others go on."""
+def _load(point: Any) -> None:
+    """Register a third party's analyzer; one that fails is named in a warning, and the others go on.
+
+    ``point`` is an entry point of the standard library, or of the package importlib_metadata once any package
+    has imported that: it then answers in the library's place, with classes of its own.
+    """
     try:
         cls = point.load()
         if not (isinstance(cls, type) and issubclass(cls, Analyzer)):

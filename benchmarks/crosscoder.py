@@ -7,10 +7,6 @@ layout as it is commonly written, uses torch's default; ``einsum_fused`` shows w
 layout compares, masks and multiplies in ``[batch, S, m]``.
 """
 
-import os
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -25,9 +21,8 @@ from torch import Tensor
 from analyzers.crosscoder.settings import TrainSettings
 from analyzers.crosscoder.training import Trainer, TrainerState
 from analyzers.crosscoder.weights import Gate
+from benchmarks.memory import peak, peaks, resident
 from benchmarks.timing import Line, Seconds, alternate, machine, now
-
-_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -296,41 +291,14 @@ def print_peak(side: str, **shape: Any) -> None:
     one = _SIDES[side](measured, start_of(measured, few[0], device, _gate(side)), device)
     one.step(few[0])
     batches = data(measured, device)
-    before = _resident()
+    before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     for rows in batches[:2]:
         one.step(rows)
-    print(_peak() - before)
-
-
-def _resident() -> int:
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
-    return 1024 * int(found[1]) if found else 0
+    print(peak() - before)
 
 
 @cache
 def _peaks(shape: Shape) -> dict[str, float]:
-    """Megabytes of every side above its weights, each in a process of its own; empty but on Linux."""
-    if not Path("/proc/self/status").is_file():
-        return {}
-    found = {}
-    for side in _SIDES:
-        code = f"from benchmarks.crosscoder import print_peak; print_peak({side!r}, **{asdict(shape)!r})"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=_ROOT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found[side] = round(int(done.stdout) / 1e6, 1)
-    return found
+    """Megabytes of every side above its weights."""
+    return peaks(__name__, _SIDES, shape)

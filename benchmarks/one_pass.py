@@ -1,14 +1,9 @@
 """What measuring costs: the one pass over the bare forward pass, and beside the way of keeping all maps."""
 
-import os
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +20,7 @@ from analyzers.massive import MassiveAnalyzer
 from analyzers.reductions import Spec
 from analyzers.runner import batches, run_pass
 from analyzers.spectra import SpectraAnalyzer
+from benchmarks.memory import peak, peaks
 from benchmarks.timing import Line, Seconds, alternate, machine, now
 
 ANALYZERS: Mapping[str, Callable[[], ActivationAnalyzer]] = {
@@ -37,7 +33,6 @@ ANALYZERS: Mapping[str, Callable[[], ActivationAnalyzer]] = {
 }
 # Issue 5: all of them together at width 512, length 512 and the vocabulary of Pythia, on the CPU.
 _BAR = 1.5
-_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -146,34 +141,14 @@ def print_peak(side: str, **shape: Any) -> None:
     measured = Shape(**shape)
     adapter, tokens = _prepared(measured, torch.device("cpu"))
     _SIDES[side](adapter, tokens[:, :16], measured.batch)
-    before = _peak()
+    before = peak()
     _SIDES[side](adapter, tokens, measured.batch)
-    print(_peak() - before)
-
-
-def _peak() -> int:
-    # Not ru_maxrss: a new process inherits that of the one which started it.
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return 1024 * int(found[1]) if found else 0
+    print(peak() - before)
 
 
 def _peaks(shape: Shape) -> dict[str, float]:
-    """Megabytes above model and start, each side in a process of its own, on the CPU; empty but on Linux."""
-    if not Path("/proc/self/status").is_file():
-        return {}
-    found = {}
-    for side in _SIDES:
-        code = f"from benchmarks.one_pass import print_peak; print_peak({side!r}, **{asdict(shape)!r})"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=_ROOT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found[side] = round(int(done.stdout) / 1e6, 1)
-    return found
+    """Megabytes of every side above the model and a short run."""
+    return peaks(__name__, _SIDES, shape)
 
 
 def _reference_line(shape: Shape, adapter: Adapter, tokens: torch.Tensor, repeats: int) -> Line:

@@ -1,34 +1,20 @@
 """The kernels of crosscoders compiled by numba, for the CPU.
 
 Every output row is written by one thread in one order, so the numbers do not depend on the number of threads.
-The threads are Python's (the compiled loops hold no lock on the interpreter): numba's own pool would have to
-share the cores with torch's, and one of its forms ends the process when two threads use it.
 """
 
-import inspect
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numba import njit
 from torch import Tensor
 
 from analyzers.crosscoder.kernels import Pairs
+from analyzers.loops import compiled, over_ranges
 
 _CHUNKS_PER_THREAD = 4
-
-
-def _compile(function: Callable[..., None]) -> Any:
-    """The function compiled, without what wraps it: numba cannot read the tests' checks of signatures.
-
-    Sums may be reordered for vector instructions; not-a-number stays what it is, so that faults show.
-    """
-    return njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})(inspect.unwrap(function))
 
 
 class Compiled:
@@ -71,7 +57,7 @@ class Compiled:
         _run(_sum_rows, pairs.latent_start, pairs.by_latent, pairs.row, values, rows, out, add)
 
 
-@_compile
+@compiled(reorder=True)
 def _sum_rows(
     starts: Any, order: Any, index: Any, values: Any, table: Any, out: Any, add: bool, begin: int, end: int
 ) -> None:
@@ -101,7 +87,7 @@ def _sum_rows(
                 j += 1
 
 
-@_compile
+@compiled(reorder=True)
 def _dot_rows(starts: Any, latent: Any, gradient: Any, decoder: Any, out: Any, begin: int, end: int) -> None:
     """For every pair, the inner product of its row of the gradient and its latent's decoder, by groups."""
     groups = out.shape[1]
@@ -117,11 +103,6 @@ def _dot_rows(starts: Any, latent: Any, gradient: Any, decoder: Any, out: Any, b
                 out[p, g] = total
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="crosscoder")
-
-
 def _run(kernel: Callable[..., None], starts: Tensor, *arguments: Tensor | bool) -> None:
     """Run a kernel over ranges of rows that hold about equally many pairs, on torch's number of threads."""
     arrays: list[Any] = [each.detach().numpy() if isinstance(each, Tensor) else each for each in arguments]
@@ -132,8 +113,4 @@ def _run(kernel: Callable[..., None], starts: Tensor, *arguments: Tensor | bool)
     goals = np.linspace(0, work[-1], _CHUNKS_PER_THREAD * threads + 1)
     cuts = np.searchsorted(work, goals)
     cuts[0], cuts[-1] = 0, at.size - 1
-    futures = [
-        _pool(threads).submit(kernel, at, *arrays, begin, end) for begin, end in pairwise(cuts) if begin < end
-    ]
-    for future in futures:
-        future.result()
+    over_ranges(lambda begin, end: kernel(at, *arrays, begin, end), cuts.tolist())

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     assert str(caught.value).startswith("there is no analyzer 'spectre'; did you mean 'spectra'? (known: ")
     with pytest.raises(UnknownAnalyzerError, match=r"there is no analyzer 'zzz' \(known: .*loss, massive"):
         find("zzz")
+
+
+def test_entry_points_of_importlib_metadata_register_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib_metadata  # answers for the standard library from now on, as after an import of Dask
+
+    install(tmp_path, monkeypatch, "count_matrices:Count")
+    (point,) = entry_points(group=registry.ENTRY_POINTS)
+    assert isinstance(point, importlib_metadata.EntryPoint)
+    assert "count" in load_all()
 
 
 def test_a_third_party_registers_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

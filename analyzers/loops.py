@@ -1,0 +1,41 @@
+"""Loops compiled by numba, and the threads that run them.
+
+The threads are Python's (compiled loops hold no lock on the interpreter): numba's own pool would have to
+share the cores with torch's, and one of its forms ends the process when two threads use it.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from numba import njit
+
+
+def compiled(*, reorder: bool) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: the function compiled, without what wraps it, since numba cannot read the tests' checks.
+
+    Args:
+        reorder: sums may be reordered for vector instructions; not-a-number stays what it is, so that faults
+            show.
+    """
+    fast = {"reassoc", "contract", "nsz"} if reorder else False
+    return lambda function: njit(nogil=True, cache=True, fastmath=fast)(inspect.unwrap(function))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="loops")
+
+
+def over_ranges(work: Callable[[int, int], Any], cuts: Sequence[int]) -> list[Any]:
+    """``work(begin, end)`` for every two neighbours in ``cuts``, on torch's number of threads, in order.
+
+    A range without an element is left out.
+    """
+    pool = _pool(torch.get_num_threads())
+    futures = [pool.submit(work, begin, end) for begin, end in pairwise(cuts) if begin < end]
+    return [future.result() for future in futures]
