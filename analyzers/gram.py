@@ -1,5 +1,7 @@
 """First and second moments of activations: one float64 pass, mergeable, for whatever needs a covariance."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -10,6 +12,7 @@ from scipy.linalg.blas import dsyrk
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from analyzers.loops import over_ranges
 from analyzers.reductions import Batch
 
 TokenChoice = Literal["all", "last", "mean"]
@@ -18,7 +21,10 @@ BLOCK = 1024
 """Rows per matrix product. Fixed, so that a result does not depend on how rows arrive."""
 
 SERIAL_WIDTH = 1024
-"""Widest block that one thread multiplies: on busy cores two threads took 48 ms at width 512, one 6 ms."""
+"""Widest rows whose blocks one thread multiplies: on busy cores two took 48 ms at width 512, one 6 ms.
+
+The halves of the probe then have a thread each.
+"""
 
 
 @cache
@@ -26,14 +32,21 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+@contextmanager
+def _serial(width: int) -> Iterator[bool]:
+    """Within it BLAS has one thread if rows are narrow; whether they are."""
+    narrow = width <= SERIAL_WIDTH
+    with _blas().limit(limits=1 if narrow else None, user_api="blas"):
+        yield narrow
+
+
 def _add_product(scatter: Float[Tensor, "width width"], rows: Float[Tensor, "rows width"]) -> None:
     """``scatter += rows^T rows``, in place; on the CPU the upper triangle only (dsyrk: half the work)."""
     if scatter.device.type != "cpu":
         scatter.addmm_(rows.T, rows)
         return
-    with _blas().limit(limits=1 if len(scatter) <= SERIAL_WIDTH else None, user_api="blas"):
-        # Fortran's lower triangle is C's upper one.
-        dsyrk(1.0, rows.numpy().T, beta=1.0, c=scatter.numpy().T, lower=1, overwrite_c=1)
+    # Fortran's lower triangle is C's upper one.
+    dsyrk(1.0, rows.numpy().T, beta=1.0, c=scatter.numpy().T, lower=1, overwrite_c=1)
 
 
 def _copy(rows: Float[Tensor, "rows width"], into: Float[Tensor, "rows width"]) -> None:
@@ -152,9 +165,24 @@ class GramState:
             values = values[:, -1:]
         elif self.tokens == "mean":
             values = values.double().mean(1, keepdim=True)
-        odd = (batch.index % 2 == 1).tolist()
-        for sequence, second in zip(values, odd, strict=True):
-            self.halves[second].add(sequence)
+        shares: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for sequence, second in zip(values, (batch.index % 2 == 1).tolist(), strict=True):
+            shares[second].append(sequence)
+
+        def take(first: int, last: int) -> None:
+            for half in range(first, last):
+                for sequence in shares[half]:
+                    self.halves[half].add(sequence)
+
+        if values.device.type != "cpu":
+            take(0, 2)
+            return
+        with _serial(values.shape[2]) as narrow:
+            # Few rows do not pay for the way to another thread.
+            if narrow and self.tokens == "all":
+                over_ranges(take, (0, 1, 2))
+            else:
+                take(0, 2)
 
     def merge(self, other: "GramState") -> None:
         """Take in the moments of other sequences."""

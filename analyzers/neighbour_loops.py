@@ -6,6 +6,11 @@ import numpy as np
 
 from analyzers.loops import compiled
 
+SAMPLE = 512
+"""Bounds of a row that a guess is made from."""
+GENEROUS = 1.4
+"""By how much the guess's share of the rows is more than that of the neighbours sought."""
+
 
 @compiled(reorder=True)
 def squared_distance(one: Any, other: Any) -> Any:
@@ -34,6 +39,35 @@ def replace_largest(heap: Any, value: Any) -> None:
     heap[place] = value
 
 
+@compiled(reorder=True)
+def bound_squares(dots: Any, norms: Any, share: float, lower: Any, upper: Any) -> None:
+    """``norms_j - 2 dots_j``, less and plus ``share norms_j``: one row's squares up to its own norm."""
+    for other in range(len(norms)):
+        square, error = norms[other] - 2.0 * dots[other], share * norms[other]
+        lower[other] = square - error
+        upper[other] = square + error
+
+
+@compiled(reorder=False)
+def smallest(values: Any, k: int, stride: int) -> float:
+    """The ``k``-th smallest of every ``stride``-th value; infinite if there are fewer."""
+    heap = np.full(k, np.inf)
+    for place in range(0, len(values), stride):
+        if values[place] < heap[0]:
+            replace_largest(heap, values[place])
+    return heap[0]
+
+
+@compiled(reorder=False)
+def at_most(values: Any, limit: float, found: Any) -> int:
+    """Write the places of the values up to ``limit`` to ``found`` (one longer than needed); their number."""
+    count = 0
+    for place in range(len(values)):
+        found[count] = place  # without a branch, which the processor would often guess wrong
+        count += np.int64(values[place] <= limit)
+    return count
+
+
 @compiled(reorder=False)
 def nearest_of_block(
     rows: Any, dots: Any, norms: Any, start: int, share: float, floor: float, distance: Any, index: Any
@@ -43,27 +77,24 @@ def nearest_of_block(
     ``norms_i + norms_j - 2 dots_ij`` is a squared distance with an error of at most ``share (norms_i +
     norms_j) + floor``. Every row whose lower bound is not above the k-th smallest upper bound may be one of
     the k nearest; only those distances are computed, from the rows.
+
+    The k-th smallest upper bound is sought among those below a guess from a sample, which is a little too
+    large on purpose; where it was too small, among all.
     """
     n, k = len(rows), distance.shape[1]
-    upper, lower = np.empty(k), np.empty(n)
-    found = np.empty(n, np.int64)
+    lower, upper = np.empty(n), np.empty(n)
+    found, near = np.empty(n + 1, np.int64), np.empty(n)
+    stride = max(1, n // SAMPLE)
+    sampled = int(GENEROUS * k / stride) + 8
     for query in range(len(dots)):
         row = start + query
-        upper[:] = np.inf
-        for other in range(n):
-            if other == row:
-                lower[other] = np.inf
-                continue
-            total = norms[row] + norms[other]
-            square, error = total - 2.0 * dots[query, other], share * total + floor
-            lower[other] = square - error
-            if square + error < upper[0]:
-                replace_largest(upper, square + error)
-        count = 0
-        for other in range(n):
-            if lower[other] <= upper[0] and other != row:
-                found[count] = other
-                count += 1
+        bound_squares(dots[query], norms, share, lower, upper)
+        lower[row] = upper[row] = np.inf
+        count = at_most(upper, smallest(upper, sampled, stride), found) if stride > 1 else 0
+        for place in range(count):
+            near[place] = upper[found[place]]
+        limit = smallest(near[:count], k, 1) if count >= k else smallest(upper, k, 1)
+        count = at_most(lower, limit + 2.0 * (share * norms[row] + floor), found)
         square = np.empty(count)
         for place in range(count):
             square[place] = squared_distance(rows[row], rows[found[place]])
