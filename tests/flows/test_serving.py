@@ -145,6 +145,20 @@ def test_a_form_that_is_wrong_is_refused_before_anything_runs(machine: Machine) 
     assert "losss" in refused.value.read().decode()
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"root": "s3://somebody:pa55word@host/bucket"},
+        {"settings": ["measure.batch=8", "probe.text=https://somebody:pa55word@host/text.jsonl"]},
+    ],
+)
+def test_a_login_in_a_form_is_refused_and_not_stored(machine: Machine, field: dict[str, Any]) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        machine.start("measure-series/measure", {"series": "specimen", **field})
+    assert refused.value.code in (409, 422)
+    assert not any(b"pa55word" in file.read_bytes() for file in machine.home.glob("prefect.db*"))
+
+
 def test_cancelling_stops_in_mid_run_and_leaves_whole_files(
     machine: Machine, tiny_series: Path, tmp_path: Path
 ) -> None:
