@@ -6,12 +6,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -58,11 +60,17 @@ def run(shape: Shape | None = None) -> Iterator[Line]:
         work = Path(folder)
         config = series(work / "tiny", shape)
         alone = _alone(config, work, shape)
-        yield _line("queue.sqlite", config, work, shape, alone, None)
+        yield _apart("queue.sqlite", config, work, shape, alone, None)
         programs = postgresql_programs()
         if programs is not None:
             with postgresql(programs) as database:
-                yield _line("queue.postgresql", config, work, shape, alone, database)
+                yield _apart("queue.postgresql", config, work, shape, alone, database)
+
+
+def _apart(*arguments: Any) -> Line:
+    """The line from a process of its own: Prefect's thread that sends events keeps to the first server."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
+        return own.submit(_line, *arguments).result()
 
 
 def series(folder: Path, shape: Shape) -> SeriesConfig:
