@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from transformers.utils import logging as transformers_logging
 
 import tasks.walk
 from benchmarks.servers import server
@@ -21,6 +22,8 @@ from flows.measure import MeasureSummary, measure_series
 from tasks.measure import measure_checkpoint
 from tasks.specimen.config import SpecimenConfig
 from tasks.specimen.runs import train_all
+
+transformers_logging.disable_progress_bar()  # as commands do
 
 BAR = 1.05
 PER_CHECKPOINT = 0.5
