@@ -3,7 +3,9 @@
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int64
@@ -153,6 +155,28 @@ def merged(parts: Iterable[Mapping[Spec, State]]) -> dict[Spec, State]:
     if whole is None:
         raise ValueError("a pass has at least one part")
     return whole
+
+
+def run_replicas(
+    models: Sequence[Model], stream: Iterable[Batch], specs: Iterable[Spec]
+) -> dict[Spec, State]:
+    """The pass of :func:`run_pass`, its batches split over replicas of the model, each in its own thread.
+
+    Every replica takes contiguous batches, cut as without it, so that activations are the same; the states
+    are merged in that order, and sums are those of one model up to rounding.
+
+    Raises:
+        KeyError, ValueError: as :func:`run_pass`.
+    """
+    whole, asked = list(stream), list(specs)
+    size, rest = divmod(len(whole), len(models))
+    ends = [number * size + min(number, rest) for number in range(len(models) + 1)]
+    parts = [whole[start:end] for start, end in pairwise(ends)]
+    used = [(model, part) for model, part in zip(models, parts, strict=True) if part]
+    if len(used) < 2:
+        return run_pass(models[0], whole, asked)
+    with ThreadPoolExecutor(len(used)) as threads:
+        return merged(threads.map(lambda each: run_pass(each[0], each[1], asked), used))
 
 
 def _refuse_padding(batch: Batch, states: Mapping[Spec, State]) -> None:

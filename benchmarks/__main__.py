@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.page import render
 from benchmarks.timing import Line
 
-_HELPERS = ("__init__", "__main__", "memory", "page", "timing")
+_HELPERS = ("__init__", "__main__", "memory", "page", "servers", "timing")
 
 
 def _runner(name: str) -> Callable[[], Iterator[Line]]:

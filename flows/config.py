@@ -82,6 +82,13 @@ class MeasureConfig(_Section):
     device: Annotated[str, Field(description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'")] = (
         "auto"
     )
+    devices: Annotated[
+        tuple[str, ...],
+        Field(
+            description="devices of this machine instead of device, as ['cuda:0', 'cuda:1'], dealt to the "
+            "workers; a worker with several splits the probe over them (docs/scaling.md)"
+        ),
+    ] = ()
     batch: Annotated[int, Field(description="sequences per forward pass; does not change a result", gt=0)] = (
         16
     )
@@ -130,11 +137,25 @@ class MeasureConfig(_Section):
     @field_validator("device")
     @classmethod
     def _device(cls, device: str) -> str:
-        if device not in ("auto", "cpu", "cuda") and not (
-            device.startswith("cuda:") and device[5:].isdigit()
-        ):
+        if device not in ("auto", "cpu", "cuda") and not _numbered(device):
             raise ValueError(f"device {device!r} is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
         return device
+
+    @field_validator("devices")
+    @classmethod
+    def _devices(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
+        for device in devices:
+            if device != "cpu" and not _numbered(device):
+                raise ValueError(f"device {device!r} is not 'cpu' or 'cuda:N'")
+        return devices
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "MeasureConfig":
+        if self.devices and self.device != "auto":
+            raise ValueError(f"device is {self.device!r} and devices are given: name them in one of the two")
+        if self.devices and (self.runner == "ray" or self.address is not None):
+            raise ValueError("devices are given, but Ray and clusters choose those of their workers")
+        return self
 
     @model_validator(mode="after")
     def _known(self) -> "MeasureConfig":
@@ -145,6 +166,10 @@ class MeasureConfig(_Section):
                 raise ValueError(str(error)) from None
             cls(self.parameters.get(name, {}))
         return self
+
+
+def _numbered(device: str) -> bool:
+    return device.startswith("cuda:") and device[5:].isdigit()
 
 
 class StatesConfig(_Section):

@@ -18,6 +18,9 @@ SeriesName = Annotated[
         examples=["specimen", "pythia-70m", "hub:EleutherAI/pythia-14m"],
     ),
 ]
+# The server checks a form by its schema before it stores the run: a login in an address, which would stay in
+# its database among the run's parameters, is refused. As storage.secrets.LOGIN; pydantic has no look-ahead.
+_NO_LOGIN = {"pattern": r"""^(?![\s\S]*://[^/\s@'"]+@)"""}
 
 
 def _series_first(schema: dict[str, Any]) -> None:
@@ -41,7 +44,8 @@ class RootForm(_Form):
     root: Annotated[
         str | None,
         Field(
-            description="folder or URL of the store; absent: the worker's ONTOGENY_ROOT, else ontogeny-data"
+            description="folder or URL of the store; absent: the worker's ONTOGENY_ROOT, else ontogeny-data",
+            json_schema_extra=_NO_LOGIN,
         ),
     ] = None
 
@@ -59,7 +63,7 @@ class ReportForm(RootForm):
 
 class _SettingsForm(RootForm):
     settings: Annotated[
-        list[str],
+        list[Annotated[str, Field(json_schema_extra=_NO_LOGIN)]],
         Field(description="any other setting of docs/config.md, one SECTION.KEY=VALUE per line"),
     ] = []
 

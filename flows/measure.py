@@ -91,6 +91,7 @@ def job_of(config: SeriesConfig, root: str, found: Catalogue | None = None) -> M
         parameters=config.measure.parameters,
         dtype=config.measure.dtype,
         device=config.measure.device,
+        devices=config.measure.devices,
         batch=config.measure.batch,
         loader=config.source.loader,
         harvest=harvest,
@@ -121,7 +122,7 @@ def plan_series(config: SeriesConfig, root: str) -> list[PlannedCheckpoint]:
     job = job_of(config, root, found)
     plans, others = _plans(config, job, found)
     _check_room(config, job, plans)
-    speed = matmul_speed(choose_device(config.measure.device), config.measure.dtype)
+    speed = matmul_speed(choose_device(job.on[0]), config.measure.dtype)
     planned, compared = [], dict[str, Checkpoint]()
     for checkpoint, todo in plans:
         names = todo.names
@@ -184,7 +185,8 @@ def measure_series(config: SeriesConfig, root: str = default_root()) -> MeasureS
     """
     store = Store(root)
     if not workers_of(config.measure).remote:
-        check_limit(choose_device(config.measure.device))
+        for device in job_of(config, root).on:
+            check_limit(choose_device(device))
     if config.source.loader is not None:
         find_loader(config.source.loader)  # a name that is wrong is said once, before anything is listed
     summary = MeasureSummary()

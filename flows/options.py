@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from storage.store import Store
+from storage.store import Store, without_login
 
 app = typer.Typer(
     name="ontogeny",
@@ -38,7 +38,10 @@ SeriesArgument = Annotated[
 ]
 RootOption = Annotated[
     str,
-    typer.Option("--root", envvar="ONTOGENY_ROOT", help="folder or fsspec URL of the store"),
+    # Refused here, before a run is made: its parameters stay in Prefect's database.
+    typer.Option(
+        "--root", envvar="ONTOGENY_ROOT", help="folder or fsspec URL of the store", callback=without_login
+    ),
 ]
 StepsOption = Annotated[
     str | None,

@@ -16,7 +16,7 @@ from storage.errors import first_line
 from storage.store import Store
 from tasks.job import MeasureJob
 from tasks.measure import plan, record_failure
-from tasks.runners import Workers
+from tasks.runners import Workers, dealt
 from tasks.walk import Item, Share, Walked, call_off, parts, still_missing, walk, walk_share
 
 # How often the progress of workers is looked up in the store, in seconds.
@@ -85,7 +85,12 @@ def _spread(workers: Workers, job: MeasureJob, shares: list[Share]) -> Walked:
         futures = {}
         try:
             for number, share in enumerate(shares):
-                own = job.model_copy(update={"device": workers.device(number, job.device)})
+                own = job.model_copy(
+                    update={
+                        "device": workers.device(number, job.device),
+                        "devices": dealt(job.devices, number, len(shares)),
+                    }
+                )
                 future = runner.submit(walk_share, {"job": own, "share": share})
                 futures[id(future)] = share
                 future.add_done_callback(ended.put)

@@ -131,7 +131,7 @@ def column_name(metric: str, site: str | None, layer: int | None, head: int | No
     return f"{metric}[{place}]" if place else metric
 
 
-def _without_login(root: str) -> str:
+def without_login(root: str) -> str:
     """``root`` if it holds no login: logs and artifacts name the paths of tables.
 
     Raises:
@@ -149,7 +149,7 @@ class Store:
     """All tables under one root."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = _without_login(str(root))
+        self.root = without_login(str(root))
         try:
             self.fs, self.path = fsspec.core.url_to_fs(self.root)
         except (ImportError, ValueError) as error:  # no package for it is installed, or nobody knows it

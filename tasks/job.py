@@ -48,6 +48,12 @@ class MeasureJob(BaseModel):
     batch: int
     loader: str | None = None
     harvest: HarvestJob | None = None
+    devices: tuple[str, ...] = ()
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        """The devices that hold the model, each a replica of it: ``devices``, or ``device`` alone."""
+        return self.devices or (self.device,)
 
     @property
     def scratch(self) -> Path:

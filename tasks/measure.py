@@ -415,7 +415,7 @@ def measure_checkpoint(
     others: Mapping[Reference, Other] | None = None,
 ) -> State[dict[str, int]]:
     """Task: measure one checkpoint. A failure is a Failed state whose data are the counts."""
-    with gpu_slot(choose_device(job.device)):
+    with gpu_slot(choose_device(job.on[0])):
         counts = measure(job, checkpoint, folder, error, others)
     if counts["failures"]:
         return Failed(message=f"{checkpoint.label}: see table failures", data=counts)

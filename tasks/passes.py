@@ -14,8 +14,9 @@ import torch
 
 from analyzers.adapters import ATTENTION_SITES, Model
 from analyzers.base import ActivationComparison, PassAnalyzer, TokenSource
+from analyzers.harvest import Harvest
 from analyzers.reductions import Batch, Spec, State
-from analyzers.runner import batches, missing_site, run_pass
+from analyzers.runner import batches, missing_site, run_replicas
 from storage.errors import OntogenyError
 from storage.keys import digest
 from storage.probe import Probe
@@ -39,11 +40,19 @@ _samples = _Samples()
 
 @dataclass(frozen=True)
 class Found:
-    """What a pass over a checkpoint left behind; ``absent``: what the model lacks, by analyzer."""
+    """What a pass over a checkpoint left behind; ``absent``: what the model lacks, by analyzer.
 
-    shape: Model
+    ``replicas`` are the models that ran, one per device.
+    """
+
+    replicas: Sequence[Model]
     states: Mapping[Spec, State]
     absent: Mapping[str, str]
+
+    @property
+    def shape(self) -> Model:
+        """The model."""
+        return self.replicas[0]
 
     def check(self, analyzer: PassAnalyzer) -> None:
         """Refuse an analyzer whose sites the model lacks.
@@ -103,7 +112,7 @@ class Passes:
         if source is None:
             return found
         if source not in self._own:
-            self._own[source] = self._pass(found.shape, self._readers[source], source)
+            self._own[source] = self._pass(found.replicas, self._readers[source], source)
         return self._own[source]
 
     def compared(self, checkpoint: Checkpoint, folder: Path) -> Mapping[Spec, State]:
@@ -115,12 +124,13 @@ class Passes:
         kept.move_to_end(key)
         return kept[key]
 
-    def _load(self, folder: Path) -> Model:
-        return load_model(folder, self._job.dtype, self._job.device, self._job.loader)
+    def _load(self, folder: Path) -> list[Model]:
+        return [load_model(folder, self._job.dtype, device, self._job.loader) for device in self._job.on]
 
     def _pass(
-        self, model: Model, readers: Sequence[PassAnalyzer], source: TokenSource | None = None
+        self, replicas: Sequence[Model], readers: Sequence[PassAnalyzer], source: TokenSource | None = None
     ) -> Found:
+        model = replicas[0]
         needs = {reader.name: reader.needs(model) for reader in readers}
         # What one analyzer cannot see in this model must not take the others' pass away.
         absent = {name: missing_site(model, specs) for name, specs in needs.items()}
@@ -131,8 +141,10 @@ class Passes:
             self.run += 1
             if source is None:
                 specs |= dict.fromkeys(self._attention(model))
-            states = run_pass(model, stream, specs)
-        return Found(model, states, {name: why for name, why in absent.items() if why is not None})
+            # A pool is written in the order of the probe.
+            ordered = any(isinstance(reader, Harvest) for reader in readers)
+            states = run_replicas(replicas[:1] if ordered else replicas, stream, specs)
+        return Found(replicas, states, {name: why for name, why in absent.items() if why is not None})
 
     def _attention(self, model: Model) -> list[Spec]:
         readers = [analyzer for analyzer in self._wanted if analyzer.tokens is None]

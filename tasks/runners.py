@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -137,6 +137,13 @@ class Workers:
             context: AbstractContextManager[Any] = dask.annotate(resources={"GPU": self.gpus})
             return context
         return nullcontext()
+
+
+def dealt(devices: Sequence[str], number: int, workers: int) -> tuple[str, ...]:
+    """Those of ``devices`` that worker ``number`` has: one, or its share where there are fewer workers."""
+    if not devices:
+        return ()
+    return tuple(devices[number % len(devices) :: workers])
 
 
 def _api() -> str | None:

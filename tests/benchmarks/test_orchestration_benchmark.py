@@ -1,16 +1,9 @@
-"""The benchmark of orchestration on tiny checkpoints, and a server with a thousand of them."""
-
-from pathlib import Path
+"""The benchmark of orchestration on tiny checkpoints, and that of a queue of them."""
 
 import pytest
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Scheduled
 
-from benchmarks import orchestration
+from benchmarks import orchestration, queue
+from benchmarks.servers import postgresql_programs
 
 
 def test_both_sides_measure_the_same_checkpoints() -> None:
@@ -23,34 +16,12 @@ def test_both_sides_measure_the_same_checkpoints() -> None:
     assert line.ratio == pytest.approx(line.seconds["ours"].median / line.seconds["against"].median)
 
 
-@task(cache_policy=NO_CACHE)
-def checkpoint(number: int) -> int:
-    return number
-
-
-@flow
-def thousand() -> int:
-    return sum(checkpoint(number) for number in range(1000))
-
-
-@flow
-def queued(number: int) -> int:
-    return number
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1200)
-def test_the_server_survives_a_thousand_checkpoints(tmp_path: Path) -> None:
-    """A thousand task runs of one flow run, while a thousand flow runs wait in the queue."""
-    with (
-        orchestration.server(tmp_path / "home") as url,
-        temporary_settings({PREFECT_API_URL: url}),
-        get_client(sync_client=True) as client,
-    ):
-        for number in range(1000):
-            client.create_flow_run(queued, parameters={"number": number}, state=Scheduled())
-        assert thousand() == 499500
-        assert client.hello().status_code == 200
-        assert queued(7) == 7
-        waiting = FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}})
-        assert client.count_flow_runs(flow_run_filter=waiting) == 1000
+def test_all_checkpoints_of_a_queue_are_measured_and_the_server_goes_on() -> None:
+    """Small here; ``python -m benchmarks queue`` has a thousand."""
+    lines = list(queue.run(queue.Shape(checkpoints=12, waiting=5)))
+    names = ["queue.sqlite", *(["queue.postgresql"] if postgresql_programs() else [])]
+    assert [line.name for line in lines] == names
+    for line in lines:
+        assert line.seconds["ours"].median > line.seconds["against"].fastest > 0
+        assert line.notes["database_bytes"] > 100_000
+        assert 0 < line.notes["slowest_health"] < 60

@@ -1,5 +1,6 @@
 """A pass over parts of the probe, merged, is the pass over all of it: for every registered analyzer."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from analyzers.base import ActivationAnalyzer, ActivationComparison, PassAnalyze
 from analyzers.gram import GramSpec
 from analyzers.reductions import Spec, State
 from analyzers.registry import load_all
-from analyzers.runner import batches, merged, run_pass
+from analyzers.runner import batches, merged, run_pass, run_replicas
 
 # Parts are added in another order; all else is the same. In float64, so that only rounding is left.
 TOLERANCE = 1e-9
@@ -53,6 +54,29 @@ def test_parts_merged_are_the_whole(
     whole = run_pass(adapter, batches(tokens, 2), specs)
     parts = in_parts(adapter, tokens, cuts, specs)
     assert_equal(rows(reader, parts, adapter), rows(reader, whole, adapter), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("replicas", [2, 5])
+def test_replicas_give_the_rows_of_one_model(
+    reader: PassAnalyzer, replicas: int, tiny_neox: Callable[..., Any], tiny_tokens: Tensor
+) -> None:
+    adapter = Adapter(tiny_neox(torch.float64))
+    models = [adapter, *(Adapter(copy.deepcopy(adapter.model)) for _ in range(replicas - 1))]
+    tokens = tiny_tokens if reader.tokens is None else reader.tokens.draw(adapter)
+    specs = reader.needs(adapter)
+    whole = run_pass(adapter, batches(tokens, 2), specs)
+    split = run_replicas(models, batches(tokens, 2), specs)
+    assert_equal(rows(reader, split, adapter), rows(reader, whole, adapter), rel=TOLERANCE)
+
+
+def test_an_error_of_a_replica_is_the_error_of_the_pass(
+    tiny_neox: Callable[..., Any], tiny_tokens: Tensor
+) -> None:
+    adapter = Adapter(tiny_neox(torch.float64))
+    other = Adapter(copy.deepcopy(adapter.model))
+    other.model.gpt_neox.layers[1].register_forward_hook(lambda *_: torch.zeros(1, 1, 1))
+    with pytest.raises(ValueError, match="resid_post of block 1 is of shape"):
+        run_replicas([adapter, other], batches(tiny_tokens, 2), [GramSpec("resid_post", 1, "all")])
 
 
 def test_one_part_is_the_pass_to_the_bit(

@@ -5,14 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from flow_support import TINY, Cli, measured_rows
 from pandas.testing import assert_frame_equal
 
 from storage import open_root
+from tasks.runners import dealt
 from tasks.walk import parts
 
 SMALL = ("--steps", "0,1,2,4", *TINY)
@@ -72,6 +75,35 @@ def test_every_runner_gives_the_same_tables(
     assert_same(tmp_path, alone)
 
 
+@pytest.mark.parametrize("spread", [(), ("--runner", "processes", "--workers", "2")], ids=["flow", "workers"])
+def test_sequences_split_over_devices_give_equal_rows(
+    spread: tuple[str, ...], alone: Path, tiny_series: Path, cli: Cli, tmp_path: Path
+) -> None:
+    devices = ("--set", f"measure.devices={['cpu'] * 2 * (2 if spread else 1)}")
+    done = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *SMALL, *spread, *devices)
+    assert "Measured 8 checkpoints (32 results, 8 forward passes)" in done.stdout, done.stderr
+    found, expected = measured_rows(tmp_path, "metrics"), measured_rows(alone, "metrics")
+    # The keys too: they are a column.
+    assert_frame_equal(found, expected, check_exact=False, rtol=1e-9, atol=0)
+    # What is sampled, or read from the weights, is no sum over sequences.
+    whole = found["analyzer"].isin(["similarity", "weights", "training_log"])
+    assert_frame_equal(found[whole], expected[whole], check_exact=True)
+    found, expected = measured_rows(tmp_path, "spectra"), measured_rows(alone, "spectra")
+    assert_frame_equal(found.drop(columns="eigenvalues"), expected.drop(columns="eigenvalues"))
+    for ours, theirs in zip(found["eigenvalues"], expected["eigenvalues"], strict=True):
+        # A norm takes one dimension away: its eigenvalue is 0 up to rounding of the largest.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12 * max(theirs))
+
+
+def test_devices_are_dealt_to_workers() -> None:
+    four = ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
+    assert [dealt(four, n, 4) for n in range(4)] == [(device,) for device in four]
+    assert [dealt(four, n, 3) for n in range(3)] == [("cuda:0", "cuda:3"), ("cuda:1",), ("cuda:2",)]
+    assert dealt(four, 0, 1) == four
+    assert [dealt(("cuda:0", "cuda:1"), n, 3) for n in range(3)] == [("cuda:0",), ("cuda:1",), ("cuda:0",)]
+    assert dealt((), 0, 2) == ()
+
+
 def test_a_broken_checkpoint_is_recorded_and_the_others_are_measured(
     series: Path, alone: Path, cli: Cli, tmp_path: Path
 ) -> None:
@@ -119,21 +151,48 @@ def test_a_worker_that_dies_is_recorded_and_the_next_call_goes_on(
     assert len(loss) == 8
 
 
+def killed(flow: int) -> None:
+    os.kill(flow, signal.SIGKILL)
+
+
+def interrupted(flow: int) -> None:
+    os.kill(flow, signal.SIGINT)
+
+
+def control_c(flow: int) -> None:
+    """A terminal sends the signal to all processes of the command."""
+    os.killpg(flow, signal.SIGINT)
+
+
+@pytest.mark.parametrize("end", [killed, interrupted, control_c])
 def test_workers_end_with_the_flow_and_the_next_call_equals_one_undisturbed(
-    alone: Path, tiny_series: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
+    end: Callable[[int], None],
+    alone: Path,
+    tiny_series: Path,
+    environment: dict[str, str],
+    cli: Cli,
+    tmp_path: Path,
 ) -> None:
     call = ("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *SMALL)
     spread = ("--runner", "processes", "--workers", "2")
-    flow = subprocess.Popen([sys.executable, "-m", "flows.cli", *call, *spread], env=environment)
+    flow = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *call, *spread],
+        env=environment,
+        start_new_session=True,
+        # A shell that runs the tests in the background lets its children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = tmp_path / "tables" / "metrics"
     while len(list(metrics.rglob("loss-*.parquet"))) < 1:
         assert flow.poll() is None
         time.sleep(0.02)
     workers = psutil.Process(flow.pid).children(recursive=True)
-    os.kill(flow.pid, signal.SIGKILL)
-    flow.wait(120)
+    assert workers
+    end(flow.pid)
+    assert flow.wait(120) == (-signal.SIGKILL if end is killed else 130)
     _, alive = psutil.wait_procs(workers, timeout=120)
     assert not alive
+    assert open_root(tmp_path).table("failures").to_pandas().empty
     done = cli(*call, *spread)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path, alone)
@@ -157,6 +216,9 @@ def test_a_missing_extra_is_one_sentence(
         (("--workers", "0"), "measure.workers"),
         (("--runner", "processes", "--set", "measure.address=tcp://x:1"), "runs on this machine"),
         (("--runner", "ray", "--set", "measure.gpus=64"), "this machine has"),
+        (("--runner", "ray", "--set", "measure.devices=['cpu']"), "those of their workers"),
+        (("--set", "measure.devices=['cpu', 'auto']"), "device 'auto' is not 'cpu' or 'cuda:N'"),
+        (("--set", "measure.devices=['cpu']", "--set", "measure.device=cpu"), "name them in one of the two"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_is_listed(

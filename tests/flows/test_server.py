@@ -125,6 +125,16 @@ def test_study_without_a_server(tiny_series: Path, environment: dict[str, str], 
     assert page.stat().st_mtime_ns == written
 
 
+def test_a_root_with_a_login_is_refused_before_a_run_is_made(
+    prefect_server: str, cli: Cli, tiny_series: Path
+) -> None:
+    own = ("--set", "name=login")
+    done = cli("measure", f"dir:{tiny_series}", "--root", "s3://somebody:pa55word@host/bucket", *own, *TINY)
+    assert done.returncode == 2
+    assert "holds a login" in done.stderr
+    assert flow_runs(prefect_server, name={"any_": ["measure login"]}) == []
+
+
 def test_configuration_crosses_the_api_as_json(tiny_series: Path) -> None:
     config = resolve(f"dir:{tiny_series}")
     assert type(config).model_validate(json.loads(config.model_dump_json())) == config
