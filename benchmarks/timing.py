@@ -51,6 +51,12 @@ class Line:
         """As a JSON object."""
         return asdict(self)
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Line":
+        """The line of such an object."""
+        seconds = {side: Seconds(**each) for side, each in record["seconds"].items()}
+        return cls(**{**record, "seconds": seconds})
+
 
 def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Wall-clock seconds of every side, ``repeats`` times in turn, after one run of each that is not counted.

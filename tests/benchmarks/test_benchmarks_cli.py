@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -132,6 +133,25 @@ def test_the_page_shows_every_line(
         bar = "not set" if line.bar is None else f"{line.bar:.2f}"
         assert f"| {line.name} | {line.ratio:.3f} | {bar} |" in page
         assert line.date[:10] in page
+
+
+def test_the_page_keeps_what_earlier_runs_printed(
+    lines: list[Line], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "PAGE", tmp_path / "performance.md")
+    other = replace(lines[0], machine={**lines[0].machine, "device": "a GPU"})
+    old = replace(lines[1], ratio=99.0)
+    printed = tmp_path / "lines.jsonl"
+    printed.write_text("".join(json.dumps(line.record()) + "\n" for line in (lines[0], old, other)))
+    monkeypatch.setattr(cli, "BENCHMARKS", {"tiny": lambda: iter(lines[1:2])})
+    assert cli.main(["tiny", "--write", "--read", str(printed)]) == 0
+    assert (tmp_path / "performance.md").read_text() == render([lines[0], lines[1], other])
+    assert cli.main(["--write", "--read", str(printed)]) == 0
+    assert (tmp_path / "performance.md").read_text() == render([lines[0], old, other])
+    printed.write_text("not JSON\n")
+    capsys.readouterr()
+    assert cli.main(["--write", "--read", str(printed)]) == 2
+    assert capsys.readouterr().err.startswith(f"--read {printed}: ")
 
 
 def test_prefetch_measures_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
