@@ -39,7 +39,7 @@ class Shape:
     vocabulary: int = 2048
     length: int = 128
     sequences: int = 128
-    steps: int = 10
+    steps: int = 8
     every: int = 1
 
 

@@ -23,12 +23,17 @@ def free_port() -> int:
 
 @contextmanager
 def server(home: Path, database: str | None = None, seconds: float = 180) -> Iterator[str]:
-    """URL of a Prefect server of its own, on SQLite in ``home`` or on the ``database`` of that URL."""
+    """URL of a Prefect server of its own, on SQLite in ``home`` or on the ``database`` of that URL.
+
+    Its settings are those of ``deploy/server.sh``.
+    """
     port = free_port()
     home.mkdir(parents=True)
     environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     if database is not None:
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
+    else:
+        environment.setdefault("PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED", "false")
     command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
     url = f"http://127.0.0.1:{port}/api"
     with (home / "server.log").open("w") as log:

@@ -23,6 +23,9 @@ export PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30
 export PREFECT_WORKER_QUERY_SECONDS=${PREFECT_WORKER_QUERY_SECONDS:-5}
 if [ -n "${DATABASE_URL:-}" ]; then
   export PREFECT_SERVER_DATABASE_CONNECTION_URL=$DATABASE_URL
+else
+  # Marking many waiting runs as late at once locks SQLite for minutes: they stay "Scheduled".
+  export PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED=${PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED:-false}
 fi
 mkdir -p "$PREFECT_HOME"
 
