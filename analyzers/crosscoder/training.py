@@ -1,5 +1,6 @@
 """Training a crosscoder: steps on batches of scaled activations, and a state from which to go on exactly."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,7 @@ class Trainer:
         if scale.shape != (snapshots,):
             raise ValueError(f"the scale has shape {tuple(scale.shape)}, there are {snapshots} snapshots")
         self.settings, self.snapshots, self.width = settings, snapshots, width
+        self.unit = settings.unit(snapshots, width)
         self.scale = scale.detach().to("cpu", torch.float32, copy=True)
         self.device, self.shards = torch.device(device), shards or Shards()
         self.kernels = kernels_for(self.device)
@@ -210,7 +212,8 @@ class Trainer:
             through_norms(p.decoder, strengths, penalty.factors, _grad(p.decoder))
         if settings.activation == "jumprelu":
             threshold = p.log_threshold.exp()
-            found = log_threshold_gradient(active, factors, threshold, features, settings.bandwidth)
+            bandwidth = settings.bandwidth * self.unit
+            found = log_threshold_gradient(active, factors, threshold, features, bandwidth)
             _put(_grad(p.log_threshold), found, add)
         elif settings.activation == "batch-topk" and settings.auxiliary:
             sums.auxiliary += self._auxiliary(before, dead, error, rows, batch)
@@ -274,7 +277,8 @@ class Trainer:
                 self._cut_weight = keep * self._cut_weight + (1 - keep)
             return active
         if settings.activation == "jumprelu":
-            return above(before, factors, self.parameters.log_threshold.exp(), settings.bandwidth)
+            threshold = self.parameters.log_threshold.exp()
+            return above(before, factors, threshold, settings.bandwidth * self.unit)
         # Plain ReLU: no norm decides, so that a decoder row of zeros can grow again.
         return above(before, torch.ones_like(factors), torch.zeros_like(factors[:, 0]))
 
@@ -284,9 +288,9 @@ class Trainer:
         if self.settings.activation == "relu":
             return l1(active, factors, weight)
         if self.settings.activation == "jumprelu":
-            return tanh_quadratic(
-                active, factors, weight, self.settings.tanh_scale, self.settings.tanh_frequency
-            )
+            # As much for a latent in one snapshot as the settings say of that snapshot's squared norm.
+            scale, energy = self.settings.tanh_scale / self.unit, self.unit * math.sqrt(self.width)
+            return tanh_quadratic(active, factors, weight * energy, scale, self.settings.tanh_frequency)
         return None
 
     def _choose_norm(self, rows: Tensor) -> None:

@@ -45,7 +45,7 @@ def disturbed(**changes: Any) -> Trainer:
 @pytest.mark.parametrize("activation", ["batch-topk", "jumprelu", "relu"])
 @pytest.mark.parametrize("kernels", [Dense(), Bags(), Compiled()], ids=["dense", "bags", "compiled"])
 def test_gradients_are_those_of_the_dense_formula(kernels: Kernels, activation: str, gate: str) -> None:
-    changes = {} if activation == "batch-topk" else {"penalty": 0.7, "penalty_warm_up": 0, "threshold": 0.8}
+    changes = {} if activation == "batch-topk" else {"penalty": 0.7, "penalty_warm_up": 0, "bandwidth": 0.3}
     trainer = disturbed(activation=activation, gate=gate, **changes)
     trainer.kernels = kernels
     before = {name: tensor.clone() for name, tensor in trainer.parameters.named()}
