@@ -19,7 +19,7 @@ _SAMPLES = 1 << 15
 
 
 @dataclass(frozen=True)
-class Active:
+class GatedPairs:
     """Pairs that matter in a step, and what decode sees of them.
 
     Attributes:
@@ -67,7 +67,7 @@ def batch_top(
     factors: Float[Tensor, "latents groups"],
     count: int,
     shards: Shards,
-) -> Active:
+) -> GatedPairs:
     """The ``count`` largest positive ``before * factor`` of the batch, all groups together.
 
     Values equal to the smallest kept one are kept too, so the order of latents decides nothing.
@@ -84,14 +84,14 @@ def batch_top(
         kept = largest(shards.joined(padded), count)
     if not kept.shape[0]:
         nothing = Pairs.where(torch.zeros_like(before, dtype=torch.bool))
-        return Active(
+        return GatedPairs(
             nothing, before.new_zeros(0), torch.zeros(0, factors.shape[1], dtype=torch.bool).to(before.device)
         )
     cut = kept.min()
     # The largest factor decides first whether a pair is active anywhere.
     pairs = Pairs.where(before * factors.max(dim=1).values >= cut)
     here = before[pairs.row, pairs.latent]
-    return Active(pairs, here, here[:, None] * factors[pairs.latent] >= cut, float(cut))
+    return GatedPairs(pairs, here, here[:, None] * factors[pairs.latent] >= cut, float(cut))
 
 
 def above(
@@ -99,7 +99,7 @@ def above(
     factors: Float[Tensor, "latents groups"],
     threshold: Float[Tensor, "latents"],
     bandwidth: float = 0.0,
-) -> Active:
+) -> GatedPairs:
     """The pairs whose ``before * factor`` exceeds the latent's threshold in a group.
 
     With a bandwidth also those that are less than half of it below, with a closed gate: the threshold's
@@ -109,7 +109,7 @@ def above(
     near = (compared > threshold - bandwidth / 2) & (before > 0)
     pairs = Pairs.where(near)
     here = before[pairs.row, pairs.latent]
-    return Active(pairs, here, here[:, None] * factors[pairs.latent] > threshold[pairs.latent, None])
+    return GatedPairs(pairs, here, here[:, None] * factors[pairs.latent] > threshold[pairs.latent, None])
 
 
 def dead_top(
@@ -117,7 +117,7 @@ def dead_top(
     dead: Bool[Tensor, "latents"],
     count: int,
     shards: Shards,
-) -> Active:
+) -> GatedPairs:
     """For each row the ``count`` largest positive outputs of dead latents, for the auxiliary loss."""
     index = torch.nonzero(dead)[:, 0]
     ours = before[:, index]
@@ -130,4 +130,4 @@ def dead_top(
     row, column = torch.nonzero((ours >= cut[:, None]) & (ours > 0), as_tuple=True)
     pairs = Pairs.of(row, index[column], *before.shape)
     here = before[pairs.row, pairs.latent]
-    return Active(pairs, here, torch.ones_like(here, dtype=torch.bool)[:, None])
+    return GatedPairs(pairs, here, torch.ones_like(here, dtype=torch.bool)[:, None])

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analyzers.crosscoder.gates import Active, above, batch_top, dead_top, factors_of
+from analyzers.crosscoder.gates import GatedPairs, above, batch_top, dead_top, factors_of
 from analyzers.crosscoder.kernels import kernels_for, sum_by_latent
 from analyzers.crosscoder.losses import (
     Penalty,
@@ -245,7 +245,7 @@ class Trainer:
         return left.square().sum() * weight
 
     def _into_encoder(
-        self, active: Active, features: Float[Tensor, "pairs groups"], rows: Tensor, *, add: bool
+        self, active: GatedPairs, features: Float[Tensor, "pairs groups"], rows: Tensor, *, add: bool
     ) -> None:
         """Gradients of features to the encoder: through open gates, whose outputs are all positive."""
         each = (features * active.open).sum(dim=1, keepdim=True)
@@ -267,7 +267,7 @@ class Trainer:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
         return norms
 
-    def _active(self, before: Tensor, factors: Float[Tensor, "latents groups"]) -> Active:
+    def _active(self, before: Tensor, factors: Float[Tensor, "latents groups"]) -> GatedPairs:
         settings = self.settings
         if settings.activation == "batch-topk":
             active = batch_top(before, factors, settings.k * before.shape[0] * factors.shape[1], self.shards)
@@ -283,7 +283,7 @@ class Trainer:
         return above(before, torch.ones_like(factors), torch.zeros_like(factors[:, 0]))
 
     def _penalty(
-        self, active: Active, factors: Float[Tensor, "latents groups"], weight: float
+        self, active: GatedPairs, factors: Float[Tensor, "latents groups"], weight: float
     ) -> Penalty | None:
         if self.settings.activation == "relu":
             return l1(active, factors, weight)
