@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from analyzers.crosscoder.gates import GatedPairs, above, batch_top, dead_top, factors_of
@@ -66,8 +66,8 @@ class TrainerState:
 class _Sums:
     """Sums over the parts of a step."""
 
-    error: Float[Tensor, "snapshots"]
-    spread: Float[Tensor, "snapshots"]
+    error: Float64[Tensor, "snapshots"]
+    spread: Float64[Tensor, "snapshots"]
     penalty: Tensor
     auxiliary: Tensor
     open: Tensor
@@ -145,8 +145,8 @@ class Trainer:
         dead = self.idle >= self.settings.dead_after
         zero = rows.new_zeros(())
         sums = _Sums(
-            rows.new_zeros(self.snapshots),
-            rows.new_zeros(self.snapshots),
+            rows.new_zeros(self.snapshots, dtype=torch.float64),
+            rows.new_zeros(self.snapshots, dtype=torch.float64),
             zero.clone(),
             zero.clone(),
             zero.clone(),
@@ -197,16 +197,18 @@ class Trainer:
         share = rows.shape[0] / batch
 
         error = self.shards.total(kernels.decode(pairs, values, p.decoder)).add_(p.decoder_bias).sub_(rows)
-        gradient = error * (2 / batch)
-        features = kernels.feature_gradient(pairs, gradient, p.decoder, values.shape[1])
+        # The error's gradient is 2 / batch times the error: that goes to the few values, not to the rows.
+        factor = 2 / batch
+        features = kernels.feature_gradient(pairs, error, p.decoder, values.shape[1]).mul_(factor)
         weight = settings.penalty_weight * settings.penalty_share(self.steps_done)
         penalty = self._penalty(active, factors, weight * share)
         if penalty is not None:
             features += penalty.features
             sums.penalty += penalty.value
 
-        _put(_grad(p.decoder_bias), gradient.sum(dim=0), add)
-        kernels.weight_gradient(pairs, values, gradient, _grad(p.decoder), add=add)
+        sums_of_error, spread_of_error = kernels.columns(error)
+        _put(_grad(p.decoder_bias), sums_of_error * factor, add)
+        kernels.weight_gradient(pairs, values * factor, error, _grad(p.decoder), add=add)
         self._into_encoder(active, features, rows, add=add)
         if penalty is not None:
             through_norms(p.decoder, strengths, penalty.factors, _grad(p.decoder))
@@ -218,8 +220,9 @@ class Trainer:
         elif settings.activation == "batch-topk" and settings.auxiliary:
             sums.auxiliary += self._auxiliary(before, dead, error, rows, batch)
 
-        sums.error += _squares(error, self.snapshots)
-        sums.spread += _squares(rows - rows.mean(dim=0), self.snapshots)
+        squares = spread_of_error + sums_of_error.square() / rows.shape[0]
+        sums.error += squares.view(self.snapshots, -1).sum(dim=1)
+        sums.spread += kernels.columns(rows)[1].view(self.snapshots, -1).sum(dim=1)
         sums.open += active.open.sum()
         sums.fired[pairs.latent[active.open.any(dim=1)]] = True
 
@@ -270,7 +273,8 @@ class Trainer:
     def _active(self, before: Tensor, factors: Float[Tensor, "latents groups"]) -> GatedPairs:
         settings = self.settings
         if settings.activation == "batch-topk":
-            active = batch_top(before, factors, settings.k * before.shape[0] * factors.shape[1], self.shards)
+            count = settings.k * before.shape[0] * factors.shape[1]
+            active = batch_top(before, factors, count, self.shards, self.kernels)
             if active.cut is not None:
                 keep = settings.threshold_decay
                 self._cut_sum = keep * self._cut_sum + (1 - keep) * active.cut
@@ -278,9 +282,10 @@ class Trainer:
             return active
         if settings.activation == "jumprelu":
             threshold = self.parameters.log_threshold.exp()
-            return above(before, factors, threshold, settings.bandwidth * self.unit)
+            return above(before, factors, threshold, self.kernels, settings.bandwidth * self.unit)
         # Plain ReLU: no norm decides, so that a decoder row of zeros can grow again.
-        return above(before, torch.ones_like(factors), torch.zeros_like(factors[:, 0]))
+        ones, zeros = torch.ones_like(factors), torch.zeros_like(factors[:, 0])
+        return above(before, ones, zeros, self.kernels)
 
     def _penalty(
         self, active: GatedPairs, factors: Float[Tensor, "latents groups"], weight: float
@@ -390,9 +395,3 @@ def _put(out: Tensor, gradient: Tensor, add: bool) -> None:
         out.add_(gradient)
     else:
         out.copy_(gradient)
-
-
-def _squares(rows: Float[Tensor, "batch inputs"], snapshots: int) -> Float[Tensor, "snapshots"]:
-    # Rows first: a norm over both dimensions at once adds up in a way that loses four digits.
-    norms: Tensor = torch.linalg.vector_norm(rows.view(rows.shape[0], snapshots, -1), dim=2)
-    return norms.square().sum(dim=0)
