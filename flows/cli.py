@@ -52,7 +52,7 @@ def demo(root: RootOption = DEFAULT_ROOT) -> None:
     if trained:
         out.print(f"Trained {trained} runs of the specimen under {root}/specimen.")
     printing.print_study(summary, root)
-    raise typer.Exit(1 if summary.measure.failed else 0)
+    raise typer.Exit(1 if summary.failed else 0)
 
 
 @app.command()
@@ -72,7 +72,7 @@ def study(
     quiet()
     summary = study_series(config, root)
     printing.print_study(summary, root)
-    raise typer.Exit(1 if summary.measure.failed else 0)
+    raise typer.Exit(1 if summary.failed else 0)
 
 
 @app.command()

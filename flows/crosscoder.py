@@ -11,7 +11,7 @@ from analyzers.crosscoder.training import StepReport
 from flows.config import SeriesConfig, default_root
 from flows.measure import MeasureSummary, job_of, list_catalogue, measure_series
 from flows.progress import bars, console
-from storage.errors import OntogenyError, UsageError
+from storage.errors import UsageError
 from storage.pool import Pool
 from storage.series import Checkpoint
 from storage.sources import tokenizer_folder
@@ -20,10 +20,18 @@ from storage.window import Window
 from tasks.catalogue import Catalogue
 from tasks.crosscoder import TrainJob, train_one
 from tasks.crosscoder_job import ReadJob
-from tasks.crosscoder_models import contrast_tokens, effects_at_snapshot, lacks_effects, needs, visit_snapshot
+from tasks.crosscoder_models import (
+    contrast_tokens,
+    effects_at_snapshot,
+    lacks_contrast,
+    lacks_effects,
+    needs,
+    visit_snapshot,
+)
 from tasks.crosscoder_reading import is_read, read_all
 from tasks.harvest import snapshot_of
 from tasks.job import MeasureJob
+from tasks.measure import sentence
 from tasks.provenance import invocation
 
 _LATENTS_PER_CHANNEL = 16
@@ -54,6 +62,7 @@ class CrosscoderRun(BaseModel):
     classes: dict[str, int]
     shared: float | None
     quality: list[SnapshotQuality]
+    failed: list[str]
     notes: list[str]
 
 
@@ -98,8 +107,10 @@ def crosscoder_series(
         counts.update(
             crosscoders_trained=sum(run.trained for run in runs),
             readings=sum(run.computed for run in runs),
+            failures=sum(len(run.failed) for run in runs),
         )
-    return CrosscoderSummary(harvested=harvested.snapshots, failed=harvested.failed, runs=runs)
+    failed = [*harvested.failed, *(label for run in runs for label in run.failed)]
+    return CrosscoderSummary(harvested=harvested.snapshots, failed=failed, runs=runs)
 
 
 def _pools(job: MeasureJob, found: Catalogue) -> dict[str, list[Checkpoint]]:
@@ -165,13 +176,12 @@ def _run(config: SeriesConfig, job: MeasureJob, run: str, chosen: list[Checkpoin
         dtype=job.dtype,
         loader=job.loader,
     )
-    if not is_read(reading):
-        _visit(config, job, reading, checkpoints)
+    failed = [] if is_read(reading) else _visit(config, job, reading, checkpoints)
     with console.status(f"reading the crosscoder of {run}: evaluation, lives, contexts, labels"):
         read: dict[str, Any] = read_all(reading)
     if note:
         notes.append(note)
-    return _summary(reading, sum(done["computed"] for done in trained), read["computed"], notes)
+    return _summary(reading, sum(done["computed"] for done in trained), read["computed"], failed, notes)
 
 
 def _settings(values: dict[str, Any]) -> TrainSettings:
@@ -220,11 +230,13 @@ def _tokenizer(config: SeriesConfig, job: MeasureJob, checkpoint: Checkpoint) ->
     return str(tokenizer_folder(checkpoint, job.scratch))
 
 
-def _visit(config: SeriesConfig, job: MeasureJob, reading: ReadJob, checkpoints: list[Checkpoint]) -> None:
+def _visit(
+    config: SeriesConfig, job: MeasureJob, reading: ReadJob, checkpoints: list[Checkpoint]
+) -> list[str]:
     """Let each snapshot's model say what it is asked; then, where effects are wanted, once more.
 
-    Raises:
-        OntogenyError: a checkpoint did not arrive or does not fit: all are needed.
+    Returns the labels of those that failed; ``failures`` says why. A crosscoder reads all snapshots at once:
+    if one lacks its activations on the task, there are no effects at any.
     """
     number = {checkpoint.label: s for s, checkpoint in enumerate(checkpoints)}
     turns: list[tuple[str, Callable[[ReadJob, int], bool], Any]] = []
@@ -232,7 +244,10 @@ def _visit(config: SeriesConfig, job: MeasureJob, reading: ReadJob, checkpoints:
         turns.append(("splice", needs, visit_snapshot))
     if reading.effects:
         turns.append(("effects", lacks_effects, effects_at_snapshot))
+    failed: dict[str, None] = {}
     for name, lacks, work in turns:
+        if work is effects_at_snapshot and any(lacks_contrast(reading, s) for s in number.values()):
+            break
         keep = config.measure.keep
         budget = None if config.measure.disk_gb is None else int(config.measure.disk_gb * 1e9)
         folder = job.kept if keep else job.scratch
@@ -244,14 +259,19 @@ def _visit(config: SeriesConfig, job: MeasureJob, reading: ReadJob, checkpoints:
             for arrival in window.walk(todo, lambda _: True):
                 label = arrival.checkpoint.label
                 progress.update(bar, note=label)
-                if arrival.error is not None:
-                    raise OntogenyError(f"{name}: {label} did not arrive: {arrival.error}")
-                if arrival.folder is not None:
-                    work(reading, number[label], arrival.folder)
+                error = None if arrival.error is None else sentence(arrival.error)
+                state: Any = work(
+                    reading, number[label], arrival.checkpoint, arrival.folder, error, return_state=True
+                )
+                if not state.is_completed():
+                    failed[label] = None
                 progress.advance(bar)
+    return list(failed)
 
 
-def _summary(reading: ReadJob, trained: int, computed: bool, notes: list[str]) -> CrosscoderRun:
+def _summary(
+    reading: ReadJob, trained: int, computed: bool, failed: list[str], notes: list[str]
+) -> CrosscoderRun:
     store = Store(reading.root)
     rows = [
         row
@@ -275,5 +295,6 @@ def _summary(reading: ReadJob, trained: int, computed: bool, notes: list[str]) -
             SnapshotQuality(**{name: row[name] for name in SnapshotQuality.model_fields})
             for row in sorted(rows, key=lambda row: row["step"])
         ],
+        failed=failed,
         notes=notes,
     )

@@ -22,6 +22,11 @@ class StudySummary(BaseModel):
     report: str
     anything_new: bool
 
+    @property
+    def failed(self) -> list[str]:
+        """Labels of the checkpoints that failed."""
+        return self.measure.failed if self.crosscoder is None else self.crosscoder.failed
+
 
 @flow(name="study", flow_run_name="study {config.name}")
 def study_series(config: SeriesConfig, root: str = default_root()) -> StudySummary:

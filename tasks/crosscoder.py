@@ -24,7 +24,7 @@ from storage.store import Store
 from tasks.crosscoder_files import crosscoder_folder, drop_state, export, is_trained, load_state, save_state
 from tasks.models import choose_device
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Raise it whenever the same settings on the same pool give other weights."""
 
 Progress = Callable[[StepReport], None]

@@ -1,13 +1,14 @@
 """Contexts and labels of features, as rows of ``feature_contexts``."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 
-from analyzers.crosscoder.active import Active, find_active
+from analyzers.crosscoder.active import Active, find_active, joined
 from analyzers.crosscoder.contexts import Context, TopContexts, texts
 from analyzers.crosscoder.labels import Label, Labeller
 from analyzers.crosscoder.weights import Crosscoder
@@ -68,23 +69,13 @@ def _pass(
     device = choose_device(job.device)
     found = TopContexts(crosscoder.latents, job.contexts)
     labelled = np.zeros(pool.rows, dtype=bool) if vocabulary else _labelled(places)
-    token, feature, value, count = [], [], [], 0
+    parts = []
     for rows, values in rows_in_order(pool, np.arange(pool.rows)):
-        active = find_active(crosscoder, values.to(device))
-        active = Active(
-            active.token.cpu(), active.feature.cpu(), active.value.cpu(), active.tokens, active.latents
-        )
+        # Labels do not ask at which snapshots a gate is open.
+        active = replace(find_active(crosscoder, values.to(device)).to("cpu"), open=None)
         found.update(active, torch.from_numpy(places[rows]))
-        mine = torch.from_numpy(labelled[rows])
-        kept = active.kept(mine[active.token])
-        token.append(count + mine.cumsum(0)[kept.token] - 1)
-        feature.append(kept.feature)
-        value.append(kept.value)
-        count += int(mine.sum())
-    if vocabulary:
-        return found, None
-    joined = Active(torch.cat(token), torch.cat(feature), torch.cat(value), count, crosscoder.latents)
-    return found, (places[labelled], joined)
+        parts.append(active.of_tokens(torch.from_numpy(labelled[rows])))
+    return found, None if vocabulary else (places[labelled], joined(parts))
 
 
 def _labelled(places: Int64[np.ndarray, "rows 2"]) -> Bool[np.ndarray, "rows"]:

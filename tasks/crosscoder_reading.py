@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from storage.tables import SCHEMA_VERSION
 from tasks.crosscoder import held_out_rows
 from tasks.crosscoder_contexts import context_rows
 from tasks.crosscoder_files import read_config
-from tasks.crosscoder_job import READ_VERSION, ReadJob, read_json, rows_in_order
-from tasks.crosscoder_models import effects_of, splice_part
+from tasks.crosscoder_job import READ_VERSION, ReadJob, read_json, rows_in_order, write_json
+from tasks.crosscoder_models import effects_of, missing, splice_part
 from tasks.models import choose_device
 
 ANALYZER = "crosscoder"
@@ -39,9 +40,18 @@ def file_of(table: str, identity: str) -> str:
     return f"{ANALYZER}-{identity}" if table == "metrics" else identity
 
 
-def is_read(job: ReadJob) -> bool:
-    """Whether the tables of the reading are complete."""
+def has_tables(job: ReadJob) -> bool:
+    """Whether the tables of the reading were written, with or without gaps."""
     return job.identity in Store(job.root).names("crosscoders", job.series, job.run)
+
+
+def is_read(job: ReadJob) -> bool:
+    """Whether the tables of the reading are there with nothing missing: only gaps leave a list of them."""
+    return has_tables(job) and not _gaps(job).is_file()
+
+
+def _gaps(job: ReadJob) -> Path:
+    return job.parts / "missing.json"
 
 
 def show_reading(job: ReadJob) -> None:
@@ -58,15 +68,18 @@ def show_reading(job: ReadJob) -> None:
 def read_crosscoders(job: ReadJob) -> dict[str, Any]:
     """Evaluate every seed, follow the features of the first, and write the tables; nothing where it is done.
 
-    What the models say must be there (:mod:`tasks.crosscoder_models`). Returns a summary: computed, reading.
+    What the models say comes from :mod:`tasks.crosscoder_models`. Where a model failed its columns are null,
+    and what the others said is kept: the next call asks the missing ones again. Returns a summary: computed,
+    reading.
 
     Raises:
         UsageError: the steps of the snapshots do not ascend, as where a run has several stages.
     """
-    if is_read(job):
+    pool, device = job.open_pool(), choose_device(job.device)
+    gaps = missing(job, len(pool.snapshots)) if not is_read(job) else []
+    if is_read(job) or (has_tables(job) and gaps == read_json(_gaps(job))):
         show_reading(job)
         return {"reading": job.identity, "computed": False}
-    pool, device = job.open_pool(), choose_device(job.device)
     every = np.arange(pool.rows)
     out = np.flatnonzero(held_out_rows(pool, job.held_out))
     crosscoders = [job.crosscoder(device, key) for key in job.trained]
@@ -94,7 +107,13 @@ def read_crosscoders(job: ReadJob) -> dict[str, Any]:
         common = {} if table == "metrics" else {"reading": job.identity}
         mine = [common | row for row in rows[table]]
         store.write(table, mine, series=job.series, run=job.run, name=name)
-    _drop_parts(job)
+    if gaps:
+        write_json(_gaps(job), gaps)
+    else:
+        _gaps(job).unlink(
+            missing_ok=True
+        )  # first, so that a kill in between leaves no list without its parts
+        _drop_parts(job)
     return {"reading": job.identity, "computed": True}
 
 
@@ -128,7 +147,9 @@ def _crosscoder_rows(
         }
         for s, snapshot in enumerate(pool.snapshots):
             spliced = read_json(splice_part(job, s)) if job.splice and not number else None
-            note = job.splice_note if not number else "only the first seed's reconstruction is spliced"
+            note = job.splice_note or "it failed, see the table failures"
+            if number:
+                note = "only the first seed's reconstruction is spliced"
             yield {
                 "crosscoder": key,
                 "seed": seed,
@@ -242,14 +263,17 @@ def _metric_rows(
 
 def _effect_rows(job: ReadJob, pool: Pool, latents: int) -> Iterator[dict[str, Any]]:
     parts = effects_of(job, len(pool.snapshots))
-    if parts is None:
-        return
     effects = np.zeros((len(parts), latents))
     for s, part in enumerate(parts):
-        effects[s, part["features"]] = part["effects"]
+        if part is None:
+            effects[s] = np.nan  # a share of all snapshots is not known where one is missing
+        else:
+            effects[s, part["features"]] = part["effects"]
     relative = relative_effects(effects)
     name = "subject-verb-agreement" if job.pairs is None else job.pairs.rpartition("/")[2]
     for s, (snapshot, part) in enumerate(zip(pool.snapshots, parts, strict=True)):
+        if part is None:
+            continue
         where = {"task": name, "step": snapshot.step}
         whole = {k: part[k] for k in ("items", "metric", "correct", "all_ablated", "gap")}
         ablation = ("ablated", "ablated_change", "ablated_correct", "random_changes", "p", "note")

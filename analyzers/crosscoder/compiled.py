@@ -8,17 +8,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from analyzers.crosscoder.kernels import Pairs
 from analyzers.loops import compiled, over_ranges
 
 _CHUNKS_PER_THREAD = 4
+_STRETCH = 32
+_CACHED = 1 << 18
+"""Numbers of float32 that stay in a core's cache: 1 MB."""
 
 
 class Compiled:
     """Loops over the active pairs of a row (or a latent), whose output row stays in the cache."""
+
+    def positive(
+        self,
+        before: Float[Tensor, "batch latents"],
+        factor: Float[Tensor, "latents"],
+        least: Float[Tensor, "latents"],
+    ) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
+        """See ``kernels.Kernels``."""
+        dense = before.numpy(), factor.numpy(), least.numpy()
+        counts = np.empty(before.shape[0], dtype=np.int64)
+        cuts = _equal(len(counts), _CHUNKS_PER_THREAD * torch.get_num_threads())
+        over_ranges(lambda begin, end: _count_over(*dense, counts, begin, end), cuts)
+        ends = counts.cumsum()
+        row, latent = np.empty((2, int(ends[-1])), dtype=np.int64)
+        over_ranges(lambda begin, end: _list_over(*dense, ends - counts, row, latent, begin, end), cuts)
+        return torch.from_numpy(row), torch.from_numpy(latent)
 
     def decode(
         self,
@@ -55,6 +74,54 @@ class Compiled:
     ) -> None:
         """See ``kernels.Kernels``."""
         _run(_sum_rows, pairs.latent_start, pairs.by_latent, pairs.row, values, rows, out, add)
+
+    def columns(
+        self, rows: Float[Tensor, "batch inputs"]
+    ) -> tuple[Float64[Tensor, "inputs"], Float64[Tensor, "inputs"]]:
+        """See ``kernels.Kernels``."""
+        sums, squares = np.zeros((2, rows.shape[1]))
+        table = rows.numpy()
+        # Blocks of columns that stay in the cache between the two passes over them.
+        cuts = _equal(rows.shape[1], -(-rows.numel() // _CACHED))
+        over_ranges(lambda begin, end: _columns(table, sums, squares, begin, end), cuts)
+        return torch.from_numpy(sums), torch.from_numpy(squares)
+
+
+def _equal(length: int, parts: int) -> list[int]:
+    return [int(each) for each in np.linspace(0, length, parts + 1)]
+
+
+@compiled(reorder=True)
+def _hits(before: Any, factor: Any, least: Any, b: int, first: int, last: int) -> int:
+    """How many of a row's latents :meth:`Compiled.positive` gives, counted in floats as they are compared."""
+    count = np.float32(0)
+    for i in range(first, last):
+        hit = before[b, i] > 0 and before[b, i] * factor[i] >= least[i]
+        count += np.float32(1) if hit else np.float32(0)
+    return int(count)
+
+
+@compiled(reorder=True)
+def _count_over(before: Any, factor: Any, least: Any, counts: Any, begin: int, end: int) -> None:
+    for b in range(begin, end):
+        counts[b] = _hits(before, factor, least, b, 0, before.shape[1])
+
+
+@compiled(reorder=True)
+def _list_over(
+    before: Any, factor: Any, least: Any, starts: Any, row: Any, latent: Any, begin: int, end: int
+) -> None:
+    """List them, from the row's start on; a stretch without any is passed over at once."""
+    for b in range(begin, end):
+        at = starts[b]
+        for first in range(0, before.shape[1], _STRETCH):
+            last = min(first + _STRETCH, before.shape[1])
+            if _hits(before, factor, least, b, first, last):
+                for i in range(first, last):
+                    if before[b, i] > 0 and before[b, i] * factor[i] >= least[i]:
+                        row[at] = b
+                        latent[at] = i
+                        at += 1
 
 
 @compiled(reorder=True)
@@ -101,6 +168,22 @@ def _dot_rows(starts: Any, latent: Any, gradient: Any, decoder: Any, out: Any, b
                 for c in range(width):
                     total += left[c] * right[c]
                 out[p, g] = total
+
+
+@compiled(reorder=True)
+def _columns(table: Any, sums: Any, squares: Any, begin: int, end: int) -> None:
+    """Sum of every column, and the sum of squared distances from its mean."""
+    total, spread = sums[begin:end], squares[begin:end]
+    for b in range(table.shape[0]):
+        row = table[b, begin:end]
+        for c in range(end - begin):
+            total[c] += row[c]
+    mean = (total / table.shape[0]).astype(np.float32)
+    for b in range(table.shape[0]):
+        row = table[b, begin:end]
+        for c in range(end - begin):
+            away = np.float64(row[c] - mean[c])
+            spread[c] += away * away
 
 
 def _run(kernel: Callable[..., None], starts: Tensor, *arguments: Tensor | bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from analyzers.adapters import Model
 from analyzers.crosscoder.active import Active, decoder_of, written
 from analyzers.crosscoder.contrasts import ContrastTokens
+from analyzers.crosscoder.controls import random_k_control
 from analyzers.crosscoder.splice import placed, replaced, row_of
 from analyzers.crosscoder.weights import Crosscoder
 
@@ -161,7 +162,7 @@ def indirect_effects(at: Site, steps: int = 10) -> Effects:
     full, ablated = at.metrics(), at.metrics(removed)
     with torch.enable_grad():
         gradients = at.mean_gradients(removed, steps)
-    seen = at.active.at(at.crosscoder, at.snapshot)
+    seen = at.active.at(at.snapshot)
     decoder = decoder_of(at.crosscoder, at.snapshot)
     effects = torch.zeros(seen.latents, dtype=torch.float64)
     for start in range(0, len(seen.value), 1 << 16):
@@ -199,37 +200,9 @@ def strongest(effects: Float64[np.ndarray, "latents"], k: int) -> Int64[np.ndarr
     return np.argsort(-np.abs(effects), kind="stable")[:k].astype(np.int64)
 
 
-def random_like(
-    chosen: Int64[np.ndarray, "k"],
-    counts: Int64[np.ndarray, "latents"],
-    rng: np.random.Generator,
-    nearest: int = 10,
-) -> Int64[np.ndarray, "k"]:
-    """Random features of about the same densities, none of them chosen and none twice.
-
-    For each chosen feature, in random order, one of the ``nearest`` features still free whose number of
-    active tokens is nearest to its own in log; features that are never active are not drawn.
-
-    Raises:
-        ValueError: there are fewer other active features than chosen ones.
-    """
-    free = np.setdiff1d(np.flatnonzero(counts), chosen)
-    if len(free) < len(chosen):
-        raise ValueError(f"{len(free)} other features are active, {len(chosen)} are needed as a control")
-    drawn = []
-    for feature in rng.permutation(chosen):
-        # Mixed first, so that which of many equally near ones come into question is left to chance.
-        free = rng.permutation(free)
-        away = np.abs(np.log(counts[free]) - np.log(max(counts[feature], 1)))
-        taken = int(rng.choice(np.argsort(away, kind="stable")[:nearest]))
-        drawn.append(int(free[taken]))
-        free = np.delete(free, taken)
-    return np.array(drawn, dtype=np.int64)
-
-
 @dataclass(frozen=True)
 class Ablation:
-    """What setting some features to 0 does to the mean metric, beside random features of equal density.
+    """What setting some features to 0 does to the mean metric, beside random features of like density.
 
     Attributes:
         features: the ablated features.
@@ -237,17 +210,14 @@ class Ablation:
             carried the task.
         correct: share of items still right without them.
         random: the change for each draw of as many random features.
+        p: share of draws whose change is at least as large in size: ``(1 + #) / (1 + draws)``.
     """
 
     features: tuple[int, ...]
     change: float
     correct: float
     random: Float64[np.ndarray, "draws"]
-
-    @property
-    def p(self) -> float:
-        """Share of draws whose change is at least as large in size: ``(1 + #) / (1 + draws)``."""
-        return float((1 + (np.abs(self.random) >= abs(self.change)).sum()) / (1 + len(self.random)))
+    p: float
 
 
 def ablate(at: Site, features: Int64[np.ndarray, "k"], draws: int = 20, seed: int = 0) -> Ablation:
@@ -256,22 +226,16 @@ def ablate(at: Site, features: Int64[np.ndarray, "k"], draws: int = 20, seed: in
     Densities are those on the items. One pass over the items for each draw.
 
     Raises:
-        ValueError: there are too few other active features for a control.
+        ValueError: a feature is not active on the items, or there are too few others for a control.
     """
-    rng = np.random.default_rng(seed)
-    seen = at.active.at(at.crosscoder, at.snapshot)
-    counts = seen.counts().cpu().numpy()
+    seen = at.active.at(at.snapshot)
     full = float(at.metrics().mean())
 
-    def without(chosen: Int64[np.ndarray, "_k"]) -> Tensor:
+    def without(chosen: Int64[np.ndarray, "_k"]) -> Float64[np.ndarray, "2"]:
         mask = torch.isin(seen.feature, torch.from_numpy(chosen).to(seen.feature.device))
-        return at.metrics(written(seen.kept(mask), at.crosscoder, at.snapshot))
+        metrics = at.metrics(written(seen.kept(mask), at.crosscoder, at.snapshot))
+        return np.array([float(metrics.mean()) - full, float((metrics < 0).double().mean())])
 
-    metrics = without(features)
-    random = [float(without(random_like(features, counts, rng)).mean()) - full for _ in range(draws)]
-    return Ablation(
-        tuple(features.tolist()),
-        float(metrics.mean()) - full,
-        float((metrics < 0).double().mean()),
-        np.array(random, dtype=np.float64),
-    )
+    found = random_k_control(without, features, seen.counts().cpu().numpy(), seed=seed, draws=draws)
+    change, correct = (float(each) for each in found.value)
+    return Ablation(tuple(features.tolist()), change, correct, found.random[:, 0], float(found.beyond[0]))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from analyzers.crosscoder.pairs import PairReader
+from analyzers.crosscoder.active import Reader
 from analyzers.crosscoder.scaling import LatentScaling, ScalingSums, blocks, residuals
 from analyzers.crosscoder.weights import Crosscoder
 
@@ -93,7 +93,7 @@ def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ inputs"]
     Raises:
         ValueError: the pool is empty, of another width, or not finite.
     """
-    reader = PairReader(crosscoder)
+    reader = Reader(crosscoder)
     scaling = ScalingSums(reader)
     snapshots, device = crosscoder.snapshots, crosscoder.decoder.device
     inputs = snapshots * crosscoder.width
@@ -108,13 +108,13 @@ def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ inputs"]
             if not len(rows):
                 continue
             pairs = reader.read(rows)
-            left = residuals(reader, pairs, rows)
+            left = residuals(crosscoder, pairs, rows)
             scaling.update(pairs, rows, left)
             spread.update(rows)
             error += left.square().sum(dim=(0, 2), dtype=torch.float64)
-            active += torch.bincount(pairs.latents, minlength=crosscoder.latents)
+            active += pairs.counts()
             if pairs.open is not None:
-                each.index_add_(0, pairs.latents, pairs.open.long())
+                each.index_add_(0, pairs.feature, pairs.open.long())
     if not spread.n:
         raise ValueError("the pool holds no tokens")
     variance = spread.squares.view(snapshots, -1).sum(dim=1)

@@ -5,13 +5,14 @@ latent's decoder norms for a shared gate, its norm at each snapshot for a gate p
 is ``before_bi * factor_ig``. No tensor has a number for every row, latent and snapshot: groups pass in turn.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analyzers.crosscoder.kernels import Pairs
+from analyzers.crosscoder.kernels import Kernels, Pairs
 from analyzers.crosscoder.shards import Shards
 from analyzers.crosscoder.weights import Gate
 
@@ -19,7 +20,7 @@ _SAMPLES = 1 << 15
 
 
 @dataclass(frozen=True)
-class Active:
+class GatedPairs:
     """Pairs that matter in a step, and what decode sees of them.
 
     Attributes:
@@ -46,20 +47,28 @@ def factors_of(strengths: Float[Tensor, "latents snapshots"], gate: Gate) -> Flo
 
 
 def largest(values: Float[Tensor, "values"], count: int) -> Float[Tensor, "largest"]:
-    """The ``count`` largest positive values in any order, fewer if there are fewer.
-
-    A sample says from where on to look; the answer is exact whatever the sample says.
-    """
-    if values.shape[0] > 4 * _SAMPLES:
-        sample = values[:: values.shape[0] // _SAMPLES]
-        rank = int(1.3 * count * sample.shape[0] / values.shape[0]) + 20
-        if rank < sample.shape[0]:
-            from_here = sample.topk(rank, sorted=False).values.min()
-            found = values[values >= from_here]
-            if found.shape[0] >= count:
-                values = found
+    """The ``count`` largest positive values in any order, fewer if there are fewer."""
     values = values[values > 0]
     return values.topk(count, sorted=False).values if values.shape[0] > count else values
+
+
+def _about(
+    before: Float[Tensor, "batch latents"], factors: Float[Tensor, "latents groups"], count: int
+) -> float:
+    """A value that somewhat more than ``count`` of ``before * factor`` are likely to exceed, from a sample.
+
+    0 where the sample would be no smaller than the whole.
+    """
+    step = before.numel() // _SAMPLES
+    if step < 4:
+        return 0.0
+    # An odd step passes through all latents, whatever their number is a multiple of.
+    step |= 1
+    sample = before.flatten()[::step]
+    latent = torch.arange(0, before.numel(), step, device=before.device) % before.shape[1]
+    compared = (sample[:, None] * factors[latent]).flatten()
+    rank = int(1.3 * count / step) + 20
+    return max(0.0, float(compared.topk(rank, sorted=False).values.min())) if rank < compared.numel() else 0.0
 
 
 def batch_top(
@@ -67,49 +76,51 @@ def batch_top(
     factors: Float[Tensor, "latents groups"],
     count: int,
     shards: Shards,
-) -> Active:
+    kernels: Kernels,
+) -> GatedPairs:
     """The ``count`` largest positive ``before * factor`` of the batch, all groups together.
 
-    Values equal to the smallest kept one are kept too, so the order of latents decides nothing.
+    Values equal to the smallest kept one are kept too, so the order of latents decides nothing. A sample says
+    from where on to look; the answer is exact whatever the sample says.
     """
-    kept = before.new_zeros(0)
-    for factor in factors.T:
-        compared = before * factor
-        if kept.shape[0] == count:
-            compared = compared[compared > kept.min()]
-        kept = largest(torch.cat([kept, compared.flatten()]), count)
+    most = factors.max(dim=1).values  # it decides whether a pair is active anywhere
+
+    def over(least: float) -> tuple[Tensor, Tensor, Tensor]:
+        row, latent = kernels.positive(before, most, torch.full_like(most, least))
+        return row, latent, before[row, latent][:, None] * factors[latent]
+
+    least = _about(before, factors, count)
+    row, latent, compared = over(least)
+    if least and int((compared >= least).sum()) < count:
+        row, latent, compared = over(0.0)
+    kept = largest(compared.flatten(), count)
     if shards.count > 1:
         # Every process sends equally many; zeros stand for none.
         padded = torch.nn.functional.pad(kept, (0, count - kept.shape[0]))
         kept = largest(shards.joined(padded), count)
-    if not kept.shape[0]:
-        nothing = Pairs.where(torch.zeros_like(before, dtype=torch.bool))
-        return Active(
-            nothing, before.new_zeros(0), torch.zeros(0, factors.shape[1], dtype=torch.bool).to(before.device)
-        )
-    cut = kept.min()
-    # The largest factor decides first whether a pair is active anywhere.
-    pairs = Pairs.where(before * factors.max(dim=1).values >= cut)
-    here = before[pairs.row, pairs.latent]
-    return Active(pairs, here, here[:, None] * factors[pairs.latent] >= cut, float(cut))
+    cut = float(kept.min()) if kept.shape[0] else None
+    open_ = compared >= (math.inf if cut is None else cut)
+    active = open_.any(dim=1)
+    pairs = Pairs.of(row[active], latent[active], *before.shape)
+    return GatedPairs(pairs, before[pairs.row, pairs.latent], open_[active], cut)
 
 
 def above(
     before: Float[Tensor, "batch latents"],
     factors: Float[Tensor, "latents groups"],
     threshold: Float[Tensor, "latents"],
+    kernels: Kernels,
     bandwidth: float = 0.0,
-) -> Active:
+) -> GatedPairs:
     """The pairs whose ``before * factor`` exceeds the latent's threshold in a group.
 
-    With a bandwidth also those that are less than half of it below, with a closed gate: the threshold's
+    With a bandwidth also those that are at most half of it below, with a closed gate: the threshold's
     gradient needs them.
     """
-    compared = before * factors.max(dim=1).values
-    near = (compared > threshold - bandwidth / 2) & (before > 0)
-    pairs = Pairs.where(near)
-    here = before[pairs.row, pairs.latent]
-    return Active(pairs, here, here[:, None] * factors[pairs.latent] > threshold[pairs.latent, None])
+    row, latent = kernels.positive(before, factors.max(dim=1).values, threshold - bandwidth / 2)
+    pairs = Pairs.of(row, latent, *before.shape)
+    here = before[row, latent]
+    return GatedPairs(pairs, here, here[:, None] * factors[latent] > threshold[latent, None])
 
 
 def dead_top(
@@ -117,7 +128,7 @@ def dead_top(
     dead: Bool[Tensor, "latents"],
     count: int,
     shards: Shards,
-) -> Active:
+) -> GatedPairs:
     """For each row the ``count`` largest positive outputs of dead latents, for the auxiliary loss."""
     index = torch.nonzero(dead)[:, 0]
     ours = before[:, index]
@@ -130,4 +141,4 @@ def dead_top(
     row, column = torch.nonzero((ours >= cut[:, None]) & (ours > 0), as_tuple=True)
     pairs = Pairs.of(row, index[column], *before.shape)
     here = before[pairs.row, pairs.latent]
-    return Active(pairs, here, torch.ones_like(here, dtype=torch.bool)[:, None])
+    return GatedPairs(pairs, here, torch.ones_like(here, dtype=torch.bool)[:, None])

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 _DENSE_FROM = 1 / 12
@@ -43,12 +43,6 @@ class Pairs:
         """From pairs that are sorted by row and then by latent, each at most once."""
         by_latent = torch.argsort(latent, stable=True)
         return cls(row, latent, _starts(row, batch), by_latent, _starts(latent, latents))
-
-    @classmethod
-    def where(cls, mask: Bool[Tensor, "batch latents"]) -> "Pairs":
-        """The pairs at which a mask is true."""
-        row, latent = torch.nonzero(mask, as_tuple=True)
-        return cls.of(row, latent, *mask.shape)
 
     @property
     def count(self) -> int:
@@ -80,6 +74,14 @@ def sum_by_latent(pairs: Pairs, values: Float[Tensor, "pairs groups"]) -> Float[
 @runtime_checkable
 class Kernels(Protocol):
     """What training needs of products with few active latents."""
+
+    def positive(
+        self,
+        before: Float[Tensor, "batch latents"],
+        factor: Float[Tensor, "latents"],
+        least: Float[Tensor, "latents"],
+    ) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
+        """Rows and latents, in order, where ``before`` is positive and ``before * factor >= least``."""
 
     def decode(
         self,
@@ -113,9 +115,24 @@ class Kernels(Protocol):
         the encoder's outputs and its inputs it is the encoder's.
         """
 
+    def columns(
+        self, rows: Float[Tensor, "batch inputs"]
+    ) -> tuple[Float64[Tensor, "inputs"], Float64[Tensor, "inputs"]]:
+        """Sum of every column, and the sum of squared distances from its mean."""
+
 
 class Dense:
     """The definition: every latent of every row, one matrix product for each group."""
+
+    def positive(
+        self,
+        before: Float[Tensor, "batch latents"],
+        factor: Float[Tensor, "latents"],
+        least: Float[Tensor, "latents"],
+    ) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
+        """See :class:`Kernels`."""
+        row, latent = torch.nonzero((before > 0) & (before * factor >= least), as_tuple=True)
+        return row, latent
 
     def decode(
         self,
@@ -155,6 +172,14 @@ class Dense:
         ):
             into.addmm_(_scatter(pairs, column).T, part, beta=1.0 if add else 0.0)
 
+    def columns(
+        self, rows: Float[Tensor, "batch inputs"]
+    ) -> tuple[Float64[Tensor, "inputs"], Float64[Tensor, "inputs"]]:
+        """See :class:`Kernels`."""
+        sums = rows.sum(dim=0, dtype=torch.float64)
+        away = rows - (sums / rows.shape[0]).float()
+        return sums, away.square_().sum(dim=0, dtype=torch.float64)
+
 
 def _scatter(pairs: Pairs, values: Float[Tensor, "pairs"]) -> Float[Tensor, "batch latents"]:
     dense = values.new_zeros(pairs.batch, pairs.latents)
@@ -162,7 +187,7 @@ def _scatter(pairs: Pairs, values: Float[Tensor, "pairs"]) -> Float[Tensor, "bat
     return dense
 
 
-class Bags:
+class Bags(Dense):
     """Weighted sums of gathered rows by ``embedding_bag``: sums run in a fixed order on every device."""
 
     def decode(
@@ -238,6 +263,14 @@ class _Fastest:
     def __init__(self, sparse: Kernels) -> None:
         self.sparse, self.dense = sparse, Dense()
 
+    def positive(
+        self,
+        before: Float[Tensor, "batch latents"],
+        factor: Float[Tensor, "latents"],
+        least: Float[Tensor, "latents"],
+    ) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
+        return self.sparse.positive(before, factor, least)
+
     def _pick(self, pairs: Pairs) -> Kernels:
         return self.dense if pairs.count > _DENSE_FROM * pairs.batch * pairs.latents else self.sparse
 
@@ -268,6 +301,11 @@ class _Fastest:
         add: bool = False,
     ) -> None:
         self._pick(pairs).weight_gradient(pairs, values, rows, out, add=add)
+
+    def columns(
+        self, rows: Float[Tensor, "batch inputs"]
+    ) -> tuple[Float64[Tensor, "inputs"], Float64[Tensor, "inputs"]]:
+        return self.sparse.columns(rows)
 
 
 def kernels_for(device: torch.device) -> Kernels:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyzers.crosscoder.gates import Active
+from analyzers.crosscoder.gates import GatedPairs
 from analyzers.crosscoder.kernels import sum_by_latent
 
 
@@ -23,7 +23,7 @@ class Penalty:
     factors: Float[Tensor, "latents groups"]
 
 
-def l1(active: Active, factors: Float[Tensor, "latents groups"], weight: float) -> Penalty:
+def l1(active: GatedPairs, factors: Float[Tensor, "latents groups"], weight: float) -> Penalty:
     """``weight * mean_b sum_i f_bi n_i``: the L1 of features, weighted by decoder norms."""
     scale = weight / active.pairs.batch
     sums = sum_by_latent(active.pairs, active.values)
@@ -31,7 +31,7 @@ def l1(active: Active, factors: Float[Tensor, "latents groups"], weight: float) 
 
 
 def tanh_quadratic(
-    active: Active,
+    active: GatedPairs,
     factors: Float[Tensor, "latents groups"],
     weight: float,
     scale: float,
@@ -55,7 +55,7 @@ def tanh_quadratic(
 
 
 def log_threshold_gradient(
-    active: Active,
+    active: GatedPairs,
     factors: Float[Tensor, "latents groups"],
     threshold: Float[Tensor, "latents"],
     features: Float[Tensor, "pairs groups"],

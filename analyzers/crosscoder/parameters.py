@@ -54,7 +54,7 @@ class Parameters:
             torch.zeros(latents, device=device),
             directions.repeat(1, snapshots),
             torch.zeros(snapshots * width, device=device),
-            torch.full((latents,), settings.threshold, device=device).log(),
+            torch.full((latents,), settings.threshold * settings.unit(snapshots, width), device=device).log(),
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from analyzers.crosscoder.pairs import ActivePairs, PairReader
+from analyzers.crosscoder.active import Active, Reader, decode
 from analyzers.crosscoder.weights import Crosscoder
 
 _ELEMENTS = 1 << 23  # of activations at a time
@@ -47,7 +47,7 @@ class LatentScaling:
 class ScalingSums:
     """The sums of latent scaling over the pool. Memory is of latents x snapshots and latents x width."""
 
-    def __init__(self, reader: PairReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self.reader = reader
         crosscoder = reader.crosscoder
         shape, device = (crosscoder.latents, crosscoder.snapshots), crosscoder.decoder.device
@@ -59,19 +59,19 @@ class ScalingSums:
 
     def update(
         self,
-        pairs: ActivePairs,
+        pairs: Active,
         rows: Float[Tensor, "batch inputs"],
         residual: Float[Tensor, "batch snapshots width"],
     ) -> None:
         """Take in tokens: their active pairs, scaled activations, and what their reconstruction leaves."""
         crosscoder = self.reader.crosscoder
         features = (rows - crosscoder.decoder_bias).view(residual.shape)
-        if not len(pairs.latents):
+        if not len(pairs.feature):
             return
         # Pairs in order of latents: those of one latent are one bag, Y' f of it one weighted sum of rows.
-        order = pairs.latents.argsort(stable=True)
-        latents, counts = torch.unique_consecutive(pairs.latents[order], return_counts=True)
-        starts, tokens, values = counts.cumsum(0) - counts, pairs.tokens[order], pairs.values[order]
+        order = pairs.feature.argsort(stable=True)
+        latents, counts = torch.unique_consecutive(pairs.feature[order], return_counts=True)
+        starts, tokens, values = counts.cumsum(0) - counts, pairs.token[order], pairs.value[order]
         bags = torch.arange(len(latents), device=latents.device).repeat_interleave(counts)
         directions = self._directions[latents]
         for snapshot in range(crosscoder.snapshots):
@@ -85,7 +85,7 @@ class ScalingSums:
                     per_sample_weights=values,
                 )
                 sums[latents, snapshot] += (weighted * directions).sum(dim=1, dtype=torch.float64)
-            products = values.double() * pairs.at(snapshot)[order].double()
+            products = values.double() * pairs.value_at(snapshot)[order].double()
             square = torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
             self._square[latents, snapshot] += square.index_add_(0, bags, products)
 
@@ -109,12 +109,12 @@ def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ in
 
     :func:`analyzers.crosscoder.evaluation.evaluate` gives the same from its own pass.
     """
-    reader = PairReader(crosscoder)
+    reader = Reader(crosscoder)
     sums = ScalingSums(reader)
     for batch in batches:
         for rows in blocks(crosscoder, batch):
             pairs = reader.read(rows)
-            sums.update(pairs, rows, residuals(reader, pairs, rows))
+            sums.update(pairs, rows, residuals(crosscoder, pairs, rows))
     return sums.finish()
 
 
@@ -126,11 +126,10 @@ def blocks(
 
 
 def residuals(
-    reader: PairReader, pairs: ActivePairs, rows: Float[Tensor, "batch inputs"]
+    crosscoder: Crosscoder, pairs: Active, rows: Float[Tensor, "batch inputs"]
 ) -> Float[Tensor, "batch snapshots width"]:
     """``a^s - ahat^s`` of tokens whose active pairs are known."""
-    crosscoder = reader.crosscoder
     left = (rows - crosscoder.decoder_bias).view(len(rows), crosscoder.snapshots, crosscoder.width)
     for snapshot in range(crosscoder.snapshots):
-        left[:, snapshot] -= reader.decode(pairs, snapshot)
+        left[:, snapshot] -= decode(pairs, crosscoder, snapshot)
     return left

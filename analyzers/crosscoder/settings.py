@@ -1,5 +1,6 @@
 """What the training of a crosscoder depends on besides its data."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,21 +40,30 @@ class TrainOptions(BaseModel):
         float | None,
         Field(
             ge=0,
-            description="weight of the penalty; absent: 0.3 for jumprelu, 5 for relu; batch-topk has none",
+            description="weight of the penalty, for jumprelu relative to the mean squared norm of a row; "
+            "absent: 0.005 for jumprelu, 5 for relu; batch-topk has none",
         ),
     ] = None
     penalty_warm_up: Annotated[
         float, Field(ge=0, le=1, description="share of the steps over which the penalty rises linearly")
     ] = 0.1
-    tanh_scale: Annotated[float, Field(gt=0, description="jumprelu: c of the penalty")] = 4.0
+    tanh_scale: Annotated[
+        float, Field(gt=0, description="jumprelu: c of the penalty, for values relative to a row's mean norm")
+    ] = 4.0
     tanh_frequency: Annotated[
         float,
         Field(gt=0, description="jumprelu: s0, the frequency from which the penalty grows quadratically"),
     ] = 0.01
-    threshold: Annotated[float, Field(gt=0, description="jumprelu: threshold at the start")] = 0.1
+    threshold: Annotated[
+        float, Field(gt=0, description="jumprelu: threshold at the start, relative to a row's mean norm")
+    ] = 0.03
     bandwidth: Annotated[
-        float, Field(gt=0, description="jumprelu: width of the window in which a threshold has a gradient")
-    ] = 2.0
+        float,
+        Field(
+            gt=0,
+            description="jumprelu: width of the window where a threshold has a gradient, relative likewise",
+        ),
+    ] = 0.06
     threshold_rate: Annotated[
         float,
         Field(gt=0, description="jumprelu: learning rate of the log-threshold over that of the weights"),
@@ -100,7 +110,16 @@ class TrainSettings(TrainOptions):
         """The penalty's weight with its default filled in."""
         if self.penalty is not None:
             return self.penalty
-        return {"batch-topk": 0.0, "jumprelu": 0.3, "relu": 5.0}[self.activation]
+        return {"batch-topk": 0.0, "jumprelu": 0.005, "relu": 5.0}[self.activation]
+
+    def unit(self, snapshots: int, width: int) -> float:
+        """What jumprelu measures compared values in: the norm that a row has on average.
+
+        ``sqrt(d)`` for each snapshot; a shared gate compares ``S`` of them added up. A fixed scale would mean
+        something else for every width and number of snapshots: where ``c f n`` is large, tanh is flat and the
+        penalty has no gradient.
+        """
+        return math.sqrt(width) * (snapshots if self.gate == "shared" else 1)
 
     def penalty_share(self, step: int) -> float:
         """Share of the penalty's weight at a step, the first of which is 0."""

@@ -1,13 +1,14 @@
 """Training a crosscoder: steps on batches of scaled activations, and a state from which to go on exactly."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from analyzers.crosscoder.gates import Active, above, batch_top, dead_top, factors_of
+from analyzers.crosscoder.gates import GatedPairs, above, batch_top, dead_top, factors_of
 from analyzers.crosscoder.kernels import kernels_for, sum_by_latent
 from analyzers.crosscoder.losses import (
     Penalty,
@@ -65,8 +66,8 @@ class TrainerState:
 class _Sums:
     """Sums over the parts of a step."""
 
-    error: Float[Tensor, "snapshots"]
-    spread: Float[Tensor, "snapshots"]
+    error: Float64[Tensor, "snapshots"]
+    spread: Float64[Tensor, "snapshots"]
     penalty: Tensor
     auxiliary: Tensor
     open: Tensor
@@ -106,6 +107,7 @@ class Trainer:
         if scale.shape != (snapshots,):
             raise ValueError(f"the scale has shape {tuple(scale.shape)}, there are {snapshots} snapshots")
         self.settings, self.snapshots, self.width = settings, snapshots, width
+        self.unit = settings.unit(snapshots, width)
         self.scale = scale.detach().to("cpu", torch.float32, copy=True)
         self.device, self.shards = torch.device(device), shards or Shards()
         self.kernels = kernels_for(self.device)
@@ -143,8 +145,8 @@ class Trainer:
         dead = self.idle >= self.settings.dead_after
         zero = rows.new_zeros(())
         sums = _Sums(
-            rows.new_zeros(self.snapshots),
-            rows.new_zeros(self.snapshots),
+            rows.new_zeros(self.snapshots, dtype=torch.float64),
+            rows.new_zeros(self.snapshots, dtype=torch.float64),
             zero.clone(),
             zero.clone(),
             zero.clone(),
@@ -195,28 +197,32 @@ class Trainer:
         share = rows.shape[0] / batch
 
         error = self.shards.total(kernels.decode(pairs, values, p.decoder)).add_(p.decoder_bias).sub_(rows)
-        gradient = error * (2 / batch)
-        features = kernels.feature_gradient(pairs, gradient, p.decoder, values.shape[1])
+        # The error's gradient is 2 / batch times the error: that goes to the few values, not to the rows.
+        factor = 2 / batch
+        features = kernels.feature_gradient(pairs, error, p.decoder, values.shape[1]).mul_(factor)
         weight = settings.penalty_weight * settings.penalty_share(self.steps_done)
         penalty = self._penalty(active, factors, weight * share)
         if penalty is not None:
             features += penalty.features
             sums.penalty += penalty.value
 
-        _put(_grad(p.decoder_bias), gradient.sum(dim=0), add)
-        kernels.weight_gradient(pairs, values, gradient, _grad(p.decoder), add=add)
+        sums_of_error, spread_of_error = kernels.columns(error)
+        _put(_grad(p.decoder_bias), sums_of_error * factor, add)
+        kernels.weight_gradient(pairs, values * factor, error, _grad(p.decoder), add=add)
         self._into_encoder(active, features, rows, add=add)
         if penalty is not None:
             through_norms(p.decoder, strengths, penalty.factors, _grad(p.decoder))
         if settings.activation == "jumprelu":
             threshold = p.log_threshold.exp()
-            found = log_threshold_gradient(active, factors, threshold, features, settings.bandwidth)
+            bandwidth = settings.bandwidth * self.unit
+            found = log_threshold_gradient(active, factors, threshold, features, bandwidth)
             _put(_grad(p.log_threshold), found, add)
         elif settings.activation == "batch-topk" and settings.auxiliary:
             sums.auxiliary += self._auxiliary(before, dead, error, rows, batch)
 
-        sums.error += _squares(error, self.snapshots)
-        sums.spread += _squares(rows - rows.mean(dim=0), self.snapshots)
+        squares = spread_of_error + sums_of_error.square() / rows.shape[0]
+        sums.error += squares.view(self.snapshots, -1).sum(dim=1)
+        sums.spread += kernels.columns(rows)[1].view(self.snapshots, -1).sum(dim=1)
         sums.open += active.open.sum()
         sums.fired[pairs.latent[active.open.any(dim=1)]] = True
 
@@ -242,7 +248,7 @@ class Trainer:
         return left.square().sum() * weight
 
     def _into_encoder(
-        self, active: Active, features: Float[Tensor, "pairs groups"], rows: Tensor, *, add: bool
+        self, active: GatedPairs, features: Float[Tensor, "pairs groups"], rows: Tensor, *, add: bool
     ) -> None:
         """Gradients of features to the encoder: through open gates, whose outputs are all positive."""
         each = (features * active.open).sum(dim=1, keepdim=True)
@@ -264,29 +270,32 @@ class Trainer:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
         return norms
 
-    def _active(self, before: Tensor, factors: Float[Tensor, "latents groups"]) -> Active:
+    def _active(self, before: Tensor, factors: Float[Tensor, "latents groups"]) -> GatedPairs:
         settings = self.settings
         if settings.activation == "batch-topk":
-            active = batch_top(before, factors, settings.k * before.shape[0] * factors.shape[1], self.shards)
+            count = settings.k * before.shape[0] * factors.shape[1]
+            active = batch_top(before, factors, count, self.shards, self.kernels)
             if active.cut is not None:
                 keep = settings.threshold_decay
                 self._cut_sum = keep * self._cut_sum + (1 - keep) * active.cut
                 self._cut_weight = keep * self._cut_weight + (1 - keep)
             return active
         if settings.activation == "jumprelu":
-            return above(before, factors, self.parameters.log_threshold.exp(), settings.bandwidth)
+            threshold = self.parameters.log_threshold.exp()
+            return above(before, factors, threshold, self.kernels, settings.bandwidth * self.unit)
         # Plain ReLU: no norm decides, so that a decoder row of zeros can grow again.
-        return above(before, torch.ones_like(factors), torch.zeros_like(factors[:, 0]))
+        ones, zeros = torch.ones_like(factors), torch.zeros_like(factors[:, 0])
+        return above(before, ones, zeros, self.kernels)
 
     def _penalty(
-        self, active: Active, factors: Float[Tensor, "latents groups"], weight: float
+        self, active: GatedPairs, factors: Float[Tensor, "latents groups"], weight: float
     ) -> Penalty | None:
         if self.settings.activation == "relu":
             return l1(active, factors, weight)
         if self.settings.activation == "jumprelu":
-            return tanh_quadratic(
-                active, factors, weight, self.settings.tanh_scale, self.settings.tanh_frequency
-            )
+            # As much for a latent in one snapshot as the settings say of that snapshot's squared norm.
+            scale, energy = self.settings.tanh_scale / self.unit, self.unit * math.sqrt(self.width)
+            return tanh_quadratic(active, factors, weight * energy, scale, self.settings.tanh_frequency)
         return None
 
     def _choose_norm(self, rows: Tensor) -> None:
@@ -386,9 +395,3 @@ def _put(out: Tensor, gradient: Tensor, add: bool) -> None:
         out.add_(gradient)
     else:
         out.copy_(gradient)
-
-
-def _squares(rows: Float[Tensor, "batch inputs"], snapshots: int) -> Float[Tensor, "snapshots"]:
-    # Rows first: a norm over both dimensions at once adds up in a way that loses four digits.
-    norms: Tensor = torch.linalg.vector_norm(rows.view(rows.shape[0], snapshots, -1), dim=2)
-    return norms.square().sum(dim=0)

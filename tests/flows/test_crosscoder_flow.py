@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,14 +16,18 @@ import torch
 from flow_support import TINY, Cli
 from safetensors.numpy import load_file
 
+from analyzers.adapters import Model
 from analyzers.crosscoder.population import METRICS
 from flows.config import resolve
 from flows.crosscoder import crosscoder_series
 from flows.study import study_series
 from storage import open_root
+from storage.errors import OntogenyError
 from storage.pool import Pool, list_pools
+from tasks import crosscoder_models
 from tasks.crosscoder import held_out_rows
 from tasks.crosscoder_files import load_crosscoder
+from tasks.models import load_model
 
 STEPS = [0, 1, 2, 4, 6, 8]
 SIZE = ("--latents", "48", "--k", "4", "--train-steps", "24", "--run", "seed0")
@@ -306,6 +311,69 @@ def test_vocabulary_rows_have_items_instead_of_contexts(tiny_series: Path, cli: 
     assert (rows["before"] == "").all()
     assert set(rows["note"]) == {"vocabulary items stand in no sequence"}
     assert open_root(tmp_path).table("crosscoders", "tiny").to_pandas()["rows"].unique().tolist() == [300]
+
+
+def test_a_model_that_fails_is_recorded_and_the_flow_goes_on(
+    tiny_series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the checkpoint of step 4 does not load, then its splice fails, then it is sound."""
+    pairs = tmp_path / "letters.jsonl"
+    items = [{"prefix": f"{a}{b}", "right": "Z", "wrong": "X"} for a in "QJK" for b in "789"]
+    pairs.write_text("\n".join(json.dumps(item) for item in items))
+    settings = {
+        "measure.batch": 8,
+        "probe.length": 32,
+        "probe.sequences": 24,
+        "crosscoder.runs": ["seed0"],
+        "crosscoder.train.latents": 40,
+        "crosscoder.train.k": 2,
+        "crosscoder.train.steps": 5,
+        "crosscoder.effects": True,
+        "crosscoder.pairs": str(pairs),
+    }
+    config, root = resolve(f"dir:{tiny_series}", settings), tmp_path / "root"
+    loaded: list[str] = []
+
+    def load(folder: Path, *arguments: Any) -> Model:
+        loaded.append(folder.name)
+        if folder.name == "step4":
+            raise OntogenyError("step4 is not what it was")
+        return load_model(folder, *arguments)
+
+    def failures() -> list[tuple[Any, ...]]:
+        rows = frame(root, "failures").replace({np.nan: None}).sort_values("at")
+        return list(rows[["step", "analyzer", "error", "attempt"]].itertuples(index=False, name=None))
+
+    monkeypatch.setattr(crosscoder_models, "load_model", load)
+    first = crosscoder_series(config, str(root))
+    assert first.failed == first.runs[0].failed == ["tiny/seed0/step4"]
+    assert failures() == [(4, None, "step4 is not what it was", 1)]
+    rows = frame(root, "crosscoders").set_index("step")
+    assert rows["clean_loss"].isna().tolist() == [step == 4 for step in rows.index]
+    assert rows.loc[4, "splice_note"] == "it failed, see the table failures"
+    assert rows["explained_variance"].notna().all()
+    assert frame(root, "effects").empty  # every snapshot's activations are needed to find features
+    # A second call asks that model alone again, and writes no table where nothing came.
+    loaded.clear()
+    second = crosscoder_series(config, str(root))
+    assert (second.failed, second.runs[0].computed, loaded) == (first.failed, False, ["step4"])
+    assert failures()[1:] == [(4, None, "step4 is not what it was", 2)]
+
+    def splice(*arguments: Any) -> Any:
+        raise ValueError("no place for it")
+
+    monkeypatch.setattr(crosscoder_models, "load_model", load_model)
+    monkeypatch.setattr(crosscoder_models, "splice_losses", splice)
+    third = crosscoder_series(config, str(root))
+    assert third.failed == first.failed
+    assert failures()[2:] == [(4, "splice", "ValueError: no place for it", 1)]
+    assert sorted(set(frame(root, "effects")["step"])) == STEPS
+    monkeypatch.undo()
+    last = crosscoder_series(config, str(root))
+    assert last.failed == []
+    assert frame(root, "crosscoders")["clean_loss"].notna().all()
+    assert len(failures()) == 3
+    assert not list(root.glob("crosscoders/**/reading-*"))
 
 
 def test_a_study_trains_where_the_series_says_so(tiny_series: Path, cli: Cli, tmp_path: Path) -> None:

@@ -25,14 +25,18 @@ def dense_gradients(
     before = torch.relu(rows @ p["encoder"].T + p["encoder_bias"])
     compared = before[:, None] * factors.T
     threshold = p["log_threshold"].exp()
+    # Settings of jumprelu are relative to the norm of what a gate sees: all snapshots, or one.
+    width = rows.shape[1] // snapshots
+    norm = width**0.5 * (snapshots if shared else 1)
+    square = width * (snapshots if shared else 1)
     if settings.activation == "batch-topk":
         flat = (compared[:, 0] if shared else compared).flatten()
         count = settings.k * batch * (1 if shared else snapshots)
         f = before[:, None] * (compared >= flat.topk(count).values.min())
     elif settings.activation == "jumprelu":
         f = before[:, None] * (compared > threshold)
-        inside = (compared - threshold).abs() < settings.bandwidth / 2
-        slope = -(before[:, None] * inside / settings.bandwidth).detach()
+        inside = (compared - threshold).abs() < settings.bandwidth * norm / 2
+        slope = -(before[:, None] * inside / (settings.bandwidth * norm)).detach()
         f = f + slope * (threshold - threshold.detach())
     else:
         f = before[:, None].expand(-1, snapshots, -1)
@@ -42,8 +46,9 @@ def dense_gradients(
     if settings.activation == "relu":
         loss = loss + settings.penalty_weight * (f * factors.T)[:, once].sum() / batch
     elif settings.activation == "jumprelu":
-        frequency = torch.tanh(settings.tanh_scale * f * factors.T)[:, once].mean(dim=0)
-        loss = loss + settings.penalty_weight * (frequency * (1 + frequency / settings.tanh_frequency)).sum()
+        frequency = torch.tanh(settings.tanh_scale * f * factors.T / norm)[:, once].mean(dim=0)
+        each = frequency * (1 + frequency / settings.tanh_frequency)
+        loss = loss + settings.penalty_weight * square * each.sum()
     elif dead.any():
         count = min(settings.auxiliary_k or rows.shape[1] // snapshots // 2, int(dead.sum()))
         idle = before * dead

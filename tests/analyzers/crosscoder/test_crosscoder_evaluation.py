@@ -7,8 +7,8 @@ import pytest
 import torch
 from evaluation_support import generator, orthonormal_crosscoder, random_crosscoder, sparse_features
 
+from analyzers.crosscoder.active import Reader, decode
 from analyzers.crosscoder.evaluation import Evaluation, evaluate
-from analyzers.crosscoder.pairs import PairReader
 from analyzers.crosscoder.scaling import latent_scaling
 from analyzers.crosscoder.weights import Crosscoder, Gate
 
@@ -32,17 +32,18 @@ def test_pairs_are_the_dense_features(gate: Gate) -> None:
     crosscoder = random_crosscoder(gate=gate)
     rows = torch.randn(40, 15, generator=generator(1)) * 2
     rows[7] = 0  # may have no active latent: its pairs are none
-    reader = PairReader(crosscoder)
+    reader = Reader(crosscoder)
     pairs = reader.read(rows)
     dense = crosscoder.encode_each(rows)
-    assert 0 < len(pairs.tokens) < 40 * 24 / 2
+    assert 0 < len(pairs.token) < 40 * 24 / 2
     for snapshot in range(3):
         mine = torch.zeros(40, 24)
-        mine[pairs.tokens, pairs.latents] = pairs.at(snapshot)
+        mine[pairs.token, pairs.feature] = pairs.value_at(snapshot)
         torch.testing.assert_close(mine, dense[:, snapshot], rtol=0, atol=0)
-        whole = reader.decode(pairs, snapshot) + crosscoder.decoder_bias.view(3, 5)[snapshot]
+        whole = decode(pairs, crosscoder, snapshot) + crosscoder.decoder_bias.view(3, 5)[snapshot]
         torch.testing.assert_close(whole, crosscoder.reconstruct(rows).view(40, 3, 5)[:, snapshot])
-    assert torch.equal(torch.unique(pairs.tokens * 24 + pairs.latents), pairs.tokens * 24 + pairs.latents)
+    number = pairs.token * 24 + pairs.feature
+    assert torch.equal(torch.unique(number), number)
     if gate == "per-snapshot":
         assert pairs.open is not None
         assert bool(pairs.open.any(dim=1).all())

@@ -28,6 +28,10 @@ def masks() -> dict[str, Tensor]:
     }
 
 
+def where(mask: Tensor) -> Pairs:
+    return Pairs.of(*torch.nonzero(mask, as_tuple=True), *mask.shape)
+
+
 def check(kernels: Kernels, mask: Tensor, groups: int, device: str = "cpu") -> None:
     """Against autograd of the dense formula, and against the plain products."""
     generator = torch.Generator().manual_seed(groups)
@@ -35,7 +39,7 @@ def check(kernels: Kernels, mask: Tensor, groups: int, device: str = "cpu") -> N
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    pairs = Pairs.where(mask.to(device))
+    pairs = where(mask.to(device))
     values, decoder = draw(pairs.count, groups), draw(LATENTS, WIDTH)
     gradient, start = draw(BATCH, WIDTH), draw(LATENTS, WIDTH)
     features = values.new_zeros(BATCH, LATENTS, groups)
@@ -52,6 +56,19 @@ def check(kernels: Kernels, mask: Tensor, groups: int, device: str = "cpu") -> N
             into = start.clone()
             each.weight_gradient(pairs, values, gradient, into, add=add)
             torch.testing.assert_close(into, by_weight + (start if add else 0), rtol=1e-5, atol=1e-5)
+    before = draw(BATCH, LATENTS).relu()
+    factor, least = draw(LATENTS).abs(), 0.5 * draw(LATENTS)
+    row, latent = kernels.positive(before, factor, least)
+    assert torch.equal(
+        torch.stack([row, latent], dim=1), torch.stack(Dense().positive(before, factor, least), 1)
+    )
+    assert 0 < len(row) < int((before > 0).sum())
+    rows = draw(BATCH, WIDTH) + 100
+    sums, spread = kernels.columns(rows)
+    torch.testing.assert_close(sums, rows.double().sum(dim=0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        spread, (rows.double() - rows.double().mean(dim=0)).square().sum(dim=0), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(sum_by_latent(pairs, values), features.sum(dim=0), rtol=1e-5, atol=1e-5)
 
 
@@ -71,22 +88,29 @@ def test_kernels_on_cuda_are_the_plain_products(activity: str, groups: int) -> N
 
 def test_the_number_of_threads_changes_no_bit() -> None:
     generator = torch.Generator().manual_seed(0)
-    pairs = Pairs.where(torch.rand(64, 50, generator=generator) < 0.2)
-    values, decoder = (
-        torch.randn(pairs.count, 1, generator=generator),
-        torch.randn(50, 40, generator=generator),
+    pairs = where(torch.rand(64, 50, generator=generator) < 0.2)
+    # Several blocks of columns: 64 rows of 8192 numbers do not fit into a core's cache.
+    values, decoder, rows = (
+        torch.randn(*shape, generator=generator) for shape in ((pairs.count, 1), (50, 8192), (64, 8192))
     )
+
+    def all_of_them() -> list[Tensor]:
+        into = torch.zeros(50, 8192)
+        Compiled().weight_gradient(pairs, values, rows, into)
+        features = Compiled().feature_gradient(pairs, rows, decoder, 1)
+        return [Compiled().decode(pairs, values, decoder), features, into, *Compiled().columns(rows)]
+
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = Compiled().decode(pairs, values, decoder)
+        alone = all_of_them()
         torch.set_num_threads(3)
-        assert torch.equal(Compiled().decode(pairs, values, decoder), alone)
+        assert all(torch.equal(one, other) for one, other in zip(all_of_them(), alone, strict=True))
     finally:
         torch.set_num_threads(threads)
 
 
 def test_what_is_not_a_number_stays_so() -> None:
-    pairs = Pairs.where(torch.tensor([[True, True]]))
+    pairs = where(torch.tensor([[True, True]]))
     out = Compiled().decode(pairs, torch.tensor([[0.0], [1.0]]), torch.tensor([[float("nan")], [1.0]]))
     assert out.isnan().all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from evaluation_support import generator, random_crosscoder
 
-from analyzers.crosscoder.controls import random_k_control
+from analyzers.crosscoder.controls import random_k_control, random_like
 from analyzers.crosscoder.stability import match, stability
 from analyzers.crosscoder.weights import Crosscoder
 
@@ -96,6 +96,24 @@ def densities() -> np.ndarray:
     return values
 
 
+def test_random_features_have_the_same_density() -> None:
+    counts = np.repeat([0, 1, 10, 100, 1000], 200)
+    chosen = np.array([210, 410, 411, 810])
+    seen = set()
+    for seed in range(50):
+        drawn = random_like(chosen, counts, np.random.default_rng(seed))
+        assert len(set(drawn.tolist())) == 4
+        assert not set(drawn) & set(chosen)
+        assert sorted(counts[drawn]) == sorted(counts[chosen])
+        seen |= set(drawn.tolist())
+    assert len(seen) > 120
+
+
+def test_too_few_features_for_a_control_is_an_error() -> None:
+    with pytest.raises(ValueError, match="1 other features are active, 2 are needed"):
+        random_like(np.array([0, 1]), np.array([5, 5, 5, 0]), np.random.default_rng(0))
+
+
 def test_the_control_draws_sets_of_equal_density() -> None:
     density = densities()
     chosen = np.flatnonzero(density > 0)[::40]
@@ -106,14 +124,16 @@ def test_the_control_draws_sets_of_equal_density() -> None:
         return float(np.log(density[features]).mean())
 
     found = random_k_control(statistic, chosen, density, seed=1, draws=50)
-    for features in seen:
+    for features in seen[:50]:
         assert len(np.unique(features)) == len(chosen)
-        np.testing.assert_array_equal(
-            np.sort(np.floor(np.log2(density[features]))), np.sort(np.floor(np.log2(density[chosen])))
-        )
-    assert found.quantiles[0] < found.value < found.quantiles[2]
-    assert found.draws == 50
-    assert 0 < found.overlap < 0.2
+        assert not set(features) & set(chosen)
+        apart = np.sort(np.log(density[features])) - np.sort(np.log(density[chosen]))
+        assert np.abs(apart).max() < 0.1
+    assert np.array_equal(seen[50], chosen)
+    low, middle, high = found.quantiles()
+    assert low < middle < high
+    assert found.value == pytest.approx(found.mean, abs=0.02)
+    assert found.random.shape == (50,)
 
 
 def test_planted_features_stand_out_and_random_ones_do_not() -> None:
@@ -126,11 +146,11 @@ def test_planted_features_stand_out_and_random_ones_do_not() -> None:
         return float(effect[features].sum())
 
     below = random_k_control(total, planted, density, seed=4, draws=400)
-    assert below.quantiles[0] <= below.value <= below.quantiles[2]
+    assert below.quantiles()[0] <= below.value <= below.quantiles()[2]
     assert below.above > 0.05
     effect[planted] += 5 * density[planted]
     standing = random_k_control(total, planted, density, seed=4, draws=400)
-    assert standing.value > standing.quantiles[2]
+    assert standing.value > standing.quantiles()[2]
     assert standing.above < 0.01
     # The densest features do most, and no more than others of their density.
     densest = np.argsort(-density)[:20]
@@ -162,8 +182,8 @@ def test_it_follows_from_its_seed_and_takes_arrays() -> None:
 
     def run(seed: int) -> np.ndarray:
         found = random_k_control(lambda ids: curves[ids].sum(axis=0), chosen, density, seed=seed)
-        assert found.value.shape == found.mean.shape == found.above.shape == (3,)
-        assert found.quantiles.shape == (3, 3)
+        assert found.value.shape == found.mean.shape == found.above.shape == found.beyond.shape == (3,)
+        assert found.quantiles().shape == (3, 3)
         return found.mean
 
     np.testing.assert_array_equal(run(1), run(1))
@@ -177,7 +197,7 @@ def test_it_follows_from_its_seed_and_takes_arrays() -> None:
         ([3, 3], {}, "each once"),
         ([0], {}, "never active"),
         ([9], {}, "not there"),
-        ([2], {"factor": 1.0}, "above 1"),
+        ([1, 2], {}, "1 other features are active, 2 are needed"),
         ([2], {"draws": 0}, "at least 1"),
     ],
 )

@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from analyzers.crosscoder.compiled import Compiled
-from analyzers.crosscoder.gates import largest
+from analyzers.crosscoder.gates import batch_top
 from analyzers.crosscoder.kernels import Bags, Dense, Kernels
 from analyzers.crosscoder.settings import TrainSettings
+from analyzers.crosscoder.shards import Shards
 from analyzers.crosscoder.training import Trainer
 
 SNAPSHOTS, WIDTH, LATENTS, BATCH = 3, 8, 20, 17
@@ -45,7 +46,7 @@ def disturbed(**changes: Any) -> Trainer:
 @pytest.mark.parametrize("activation", ["batch-topk", "jumprelu", "relu"])
 @pytest.mark.parametrize("kernels", [Dense(), Bags(), Compiled()], ids=["dense", "bags", "compiled"])
 def test_gradients_are_those_of_the_dense_formula(kernels: Kernels, activation: str, gate: str) -> None:
-    changes = {} if activation == "batch-topk" else {"penalty": 0.7, "penalty_warm_up": 0, "threshold": 0.8}
+    changes = {} if activation == "batch-topk" else {"penalty": 0.7, "penalty_warm_up": 0, "bandwidth": 0.3}
     trainer = disturbed(activation=activation, gate=gate, **changes)
     trainer.kernels = kernels
     before = {name: tensor.clone() for name, tensor in trainer.parameters.named()}
@@ -191,15 +192,29 @@ def test_latents_die_after_tokens_without_activity() -> None:
     assert dead[2:] == [0.25, 0.25]
 
 
-def test_the_largest_are_exact_with_a_sample_and_without() -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("kernels", [Dense(), Compiled()], ids=["dense", "compiled"])
+@pytest.mark.parametrize("shape", [(10, 100), (300, 1024)], ids=["whole", "sampled"])
+def test_the_largest_of_a_batch_are_exact(shape: tuple[int, int], kernels: Kernels, groups: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    for size in (1000, 300_001):
-        values = torch.randn(size, generator=generator)
-        for count in (1, 17, size // 3, size):
-            found = largest(values, count)
-            positive = values[values > 0]
-            expected = positive.sort(descending=True).values[:count]
-            assert torch.equal(found.sort(descending=True).values, expected)
+    before = torch.randn(*shape, generator=generator).relu()
+    before[:, ::7] *= 100  # the sample must not miss that few latents are the largest
+    factors = torch.rand(shape[1], groups, generator=generator)
+    every = before[:, :, None] * factors
+    for count in (1, 17, before.numel() // 6, 2 * before.numel() * groups):
+        found = batch_top(before, factors, count, Shards(), kernels)
+        positive = every[every > 0].sort(descending=True).values
+        cut = positive[:count].min()
+        assert found.cut == float(cut)
+        open_ = torch.zeros(*every.shape, dtype=torch.bool)
+        open_[found.pairs.row, found.pairs.latent] = found.open
+        assert torch.equal(open_, every >= cut)
+        assert bool(found.open.any(dim=1).all())
+
+
+def test_a_batch_without_a_positive_value_has_no_active_pair() -> None:
+    nothing = batch_top(torch.zeros(4, 6), torch.ones(6, 2), 3, Shards(), Compiled())
+    assert (nothing.pairs.count, nothing.open.shape, nothing.cut) == (0, (0, 2), None)
 
 
 def test_faults_are_said() -> None:
