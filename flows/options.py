@@ -20,6 +20,11 @@ app = typer.Typer(
 )
 
 
+def _root(root: str) -> str:
+    """``root`` if a store can be opened there: a wrong one is said before any work begins."""
+    return Store(root).root
+
+
 class ReportFormat(StrEnum):
     """What `report` writes: the page, or pictures of its plots."""
 
@@ -38,7 +43,7 @@ SeriesArgument = Annotated[
 ]
 RootOption = Annotated[
     str,
-    typer.Option("--root", envvar="ONTOGENY_ROOT", help="folder or fsspec URL of the store"),
+    typer.Option("--root", envvar="ONTOGENY_ROOT", help="folder or fsspec URL of the store", callback=_root),
 ]
 StepsOption = Annotated[
     str | None,

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -154,6 +154,8 @@ class Store:
             self.fs, self.path = fsspec.core.url_to_fs(self.root)
         except (ImportError, ValueError) as error:  # no package for it is installed, or nobody knows it
             raise UsageError(f"root {self.root!r} cannot be opened: {error}") from None
+        if self.is_local and Path(self.path).is_file():
+            raise UsageError(f"root {self.root!r} is a file: give a folder, which need not exist yet")
 
     @property
     def is_local(self) -> bool:
