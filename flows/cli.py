@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows import printing
 from flows.options import (
@@ -289,7 +289,8 @@ def list_(
             for name, cls in load_all().items():
                 table.add_row(name, str(cls.version), cls.summary)
         else:
-            table = Table("metric", "analyzer", "formula", "unit", "range")
+            # The name is what a reader copies: it is never cut, the formula wraps instead.
+            table = Table(Column("metric", no_wrap=True), "analyzer", "formula", "unit", "range")
             for name, cls in load_all().items():
                 for m in cls.metrics:
                     table.add_row(m.name, name, m.formula, m.unit, m.range)
@@ -300,6 +301,8 @@ def list_(
         table = Table("table", "files", "rows", "what")
         for name, spec in TABLES.items():
             table.add_row(name, str(len(store.files(name))), str(len(store.table(name))), spec.what)
+        if not store.series():
+            table.caption = f"There is no series in the store at {root} yet."
     else:
         raise UsageError(f"cannot list {what!r}; choose series, analyzers, metrics or tables")
     out.print(table)

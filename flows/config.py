@@ -1,5 +1,6 @@
 """Configuration: one typed model for command line, files and the Prefect UI. It round-trips TOML."""
 
+import difflib
 import os
 import tomllib
 from collections.abc import Collection, Mapping
@@ -367,9 +368,12 @@ def resolve(series: str, overrides: Mapping[str, Any] | None = None) -> SeriesCo
     if file.suffix != ".toml":
         file = SERIES_FOLDER / f"{series}.toml"
         if not file.is_file():
-            names = ", ".join(shipped())
+            names = shipped()
+            near = difflib.get_close_matches(series, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(
-                f"there is no series {series!r}: give one of {names}, a TOML file, hub:OWNER/NAME or dir:PATH"
+                f"there is no series {series!r}{hint} (give one of {', '.join(names)}, a TOML file, "
+                "hub:OWNER/NAME or dir:PATH)"
             )
     if not file.is_file():
         raise UsageError(f"series file {series!r} does not exist")

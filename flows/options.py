@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from storage.store import Store, without_login
+from storage.store import Store
 
 app = typer.Typer(
     name="ontogeny",
@@ -18,6 +18,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _root(root: str) -> str:
+    """``root`` if a store can be opened there: a wrong one is said before any work begins."""
+    return Store(root).root
 
 
 class ReportFormat(StrEnum):
@@ -38,10 +43,8 @@ SeriesArgument = Annotated[
 ]
 RootOption = Annotated[
     str,
-    # Refused here, before a run is made: its parameters stay in Prefect's database.
-    typer.Option(
-        "--root", envvar="ONTOGENY_ROOT", help="folder or fsspec URL of the store", callback=without_login
-    ),
+    # Before a run is made, whose parameters stay in Prefect\'s database.
+    typer.Option("--root", envvar="ONTOGENY_ROOT", help="folder or fsspec URL of the store", callback=_root),
 ]
 StepsOption = Annotated[
     str | None,

@@ -9,6 +9,7 @@ from flows.curves import CurvesSummary, curves_of
 from flows.measure import MeasureSummary, measure_series
 from flows.render import report_series
 from flows.states import StatesSummary, fit_states_of
+from storage.errors import OntogenyError
 from storage.store import Store
 
 
@@ -36,13 +37,15 @@ def study_series(config: SeriesConfig, root: str = default_root()) -> StudySumma
     Where nothing is new the report is left alone.
     """
     measured = measure_series(config, root)
+    store = Store(root)
+    if not store.files("metrics", config.name):
+        raise OntogenyError(_nothing(store, config.name, measured.failed))
     curves = curves_of(config, root, absent="skip")
     crosscoders = crosscoder_series(config, root, measured) if config.crosscoder.harvest else None
     states = fit_states_of(config, root)
     new = bool(
         measured.keys_computed or measured.failed or curves.computed or states.computed or states.compared
     ) or bool(crosscoders and crosscoders.anything_new)
-    store = Store(root)
     report = f"{root}/reports/{config.name}.html"
     if new or not store.fs.exists(f"{store.path}/reports/{config.name}.html"):
         report_series(config.name, root)
@@ -55,3 +58,10 @@ def study_series(config: SeriesConfig, root: str = default_root()) -> StudySumma
         report=report,
         anything_new=new,
     )
+
+
+def _nothing(store: Store, series: str, failed: list[str]) -> str:
+    """Why there is nothing to study."""
+    why = [row["error"] for row in store.table("failures", series).to_pylist()]
+    reason = f": {', '.join(failed[:3])}: {why[-1]}" if failed and why else ""
+    return f"no checkpoint of {series!r} could be measured, so there is nothing to study{reason}"

@@ -31,7 +31,8 @@ def list_folder(series: str, source: DirSource, root: str) -> tuple[list[Checkpo
     runs = {SINGLE_RUN: base}
     if not base.is_dir():
         if not _WILDCARDS.search(source.path):
-            raise UsageError(f"folder {str(base)!r} of series {series!r} does not exist")
+            made = source.made_by and f": make it first with {source.made_by.replace('{root}', root)}"
+            raise UsageError(f"folder {str(base)!r} of series {series!r} does not exist{made or ''}")
         runs = _matched_runs(source.path, root)
     elif not any(parse_name(folder.name, source) for folder in _subfolders(base)):
         runs = {folder.name: folder for folder in _subfolders(base)}

@@ -173,6 +173,9 @@ class DirSource(_Source):
     path: Annotated[
         str, Field(description="folder, or folders as runs/*/checkpoints; {root} stands for ROOT")
     ]
+    made_by: Annotated[
+        str | None, Field(description="the command that makes the folder, named where it does not exist")
+    ] = None
 
 
 Source = Annotated[HubSource | DirSource, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -131,7 +131,7 @@ def column_name(metric: str, site: str | None, layer: int | None, head: int | No
     return f"{metric}[{place}]" if place else metric
 
 
-def without_login(root: str) -> str:
+def _without_login(root: str) -> str:
     """``root`` if it holds no login: logs and artifacts name the paths of tables.
 
     Raises:
@@ -149,11 +149,13 @@ class Store:
     """All tables under one root."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = without_login(str(root))
+        self.root = _without_login(str(root))
         try:
             self.fs, self.path = fsspec.core.url_to_fs(self.root)
         except (ImportError, ValueError) as error:  # no package for it is installed, or nobody knows it
             raise UsageError(f"root {self.root!r} cannot be opened: {error}") from None
+        if self.is_local and Path(self.path).is_file():
+            raise UsageError(f"root {self.root!r} is a file: give a folder, which need not exist yet")
 
     @property
     def is_local(self) -> bool:

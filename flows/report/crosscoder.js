@@ -11,7 +11,7 @@
   const color = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const position = (step) => Math.log10(1 + step);
   const short = (step) => step >= 1e6 ? `${step / 1e6}M` : step >= 1e3 ? `${step / 1e3}k` : String(step);
-  const margin = { l: 70, r: 70, t: 30, b: 56 };
+  const margin = { l: 70, r: 70, t: 50, b: 56 };
 
   function base() {
     const axis = { gridcolor: color("--grid"), linecolor: color("--rule"), zerolinecolor: color("--rule"), automargin: true, ticks: "outside", tickcolor: color("--rule"), ticklen: 4 };
@@ -20,7 +20,7 @@
       layout: {
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin, font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: color("--ink") },
         hoverlabel: { bgcolor: color("--panel"), bordercolor: color("--rule"), font: { color: color("--ink") }, align: "left" },
-        modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--quiet"), activecolor: color("--ink"), orientation: "v" },
+        modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--quiet"), activecolor: color("--ink"), orientation: "h" },
         legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
       },
     };
@@ -73,15 +73,18 @@
     if (some(run.increase)) quality.push(line("loss increase", run.steps, run.increase, 2, { yaxis: "y2" }));
     draw("crosscoder-quality", quality, 300, run.steps, (axis) => ({
       showlegend: true, yaxis: { ...axis, title: { text: "explained variance", standoff: 8, font: { size: 13 } } },
-      yaxis2: { ...axis, overlaying: "y", side: "right", showgrid: false, visible: some(run.increase), title: { text: "nats per token", standoff: 8, font: { size: 13 } } },
+      yaxis2: { ...axis, overlaying: "y", side: "right", showgrid: false, visible: some(run.increase), tickmode: "auto", title: { text: "nats per token", standoff: 8, font: { size: 13 } } },
     }));
     const kl = Object.entries(run.kl).filter(([, values]) => values);
     const phases = [line("dimensionality", run.steps, run.dimensions, 0), ...kl.map(([name, values], i) => line(plain(name), run.klSteps, values, i + 1, { yaxis: "y2" }))];
     draw("crosscoder-phases", phases, 300, run.steps, (axis) => ({
       showlegend: true, yaxis: { ...axis, title: { text: "dimensionality / width", standoff: 8, font: { size: 13 } }, rangemode: "tozero" },
-      yaxis2: { ...axis, overlaying: "y", side: "right", showgrid: false, visible: kl.length > 0, title: { text: "KL (nats)", standoff: 8, font: { size: 13 } } },
+      yaxis2: { ...axis, overlaying: "y", side: "right", showgrid: false, visible: kl.length > 0, tickmode: "auto", title: { text: "KL (nats)", standoff: 8, font: { size: 13 } } },
     }));
   }
+
+  // A line break would tear a context apart, and could not be seen where it is the token itself.
+  const seen = (text) => text.replace(/\r?\n|\r/g, "\u21b5");
 
   function drawFeature(run) {
     const feature = run.features[byId("crosscoder-feature").selectedIndex];
@@ -94,9 +97,9 @@
     byId("crosscoder-about").textContent = `${feature.class}; born at step ${spell(feature.birth)}, peak at ${spell(feature.peak)}, ${death}${turn}. Active at ${spell(100 * feature.density)} % of the rows. ${named}${again}`;
     byId("crosscoder-contexts").replaceChildren(...feature.contexts.map(([before, token, after, value]) => {
       const item = document.createElement("li"), mark = document.createElement("mark");
-      mark.textContent = token;
+      mark.textContent = seen(token);
       mark.title = `activation ${spell(value)}`;
-      item.append(before, mark, after);
+      item.append(seen(before), mark, seen(after));
       return item;
     }));
     const traces = [line("strength", run.steps, feature.strength, 0), line("beta", run.steps, feature.beta, 1), line("cosine to the last snapshot", run.steps, feature.cosine, 2)];
@@ -110,6 +113,12 @@
     drawFeature(run);
   }
 
+  function save() {
+    const run = chosen();
+    const rows = run.features.flatMap((f) => run.steps.map((step, s) => [run.run, f.id, f.class, f.birth, f.peak, f.death, step, f.strength[s], f.beta[s], f.cosine[s]]));
+    window.ontogenyReport.save(`features ${run.run}`, [["run", "feature", "class", "birth", "peak", "death", "step", "strength", "beta", "cosine"], ...rows]);
+  }
+
   function offer() {
     byId("crosscoder-feature").replaceChildren(...chosen().features.map((feature) => new Option(`#${feature.id}${feature.label.label ? ` ${feature.label.label}` : ""}`)));
   }
@@ -119,6 +128,7 @@
     byId("crosscoder-run").disabled = runs.length < 2;
     byId("crosscoder-run").addEventListener("change", () => { offer(); drawAll(); });
     byId("crosscoder-feature").addEventListener("change", () => drawFeature(chosen()));
+    byId("crosscoder-csv").addEventListener("click", save);
     drawAll();
     byId("crosscoder-heat").on("plotly_click", (event) => {
       byId("crosscoder-feature").selectedIndex = chosen().features.findIndex((feature) => `#${feature.id}` === event.points[0].y);

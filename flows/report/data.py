@@ -74,6 +74,7 @@ class ReportData:
     measured: set[tuple[str, int, str]]
     protocols: list[Protocol]
     noted: list[Row]
+    rows: int
     checkpoints: list[Row]
     audited: bool
     findings: list[Row]
@@ -151,6 +152,7 @@ def collect(store: Store, series: str) -> ReportData:
         measured={(str(run), int(step), str(a)) for run, step, a in done.itertuples(index=False)},
         protocols=_protocols(measured),
         noted=_noted(metrics),
+        rows=len(metrics),
         checkpoints=checkpoints,
         # An audit without findings leaves a file without rows.
         audited=bool(store.files("findings", series)),

@@ -14,8 +14,9 @@ from flows.report.data import Protocol, ReportData, Row, Trajectory, read_json
 from flows.report.pack import pack_values, packed_plotly
 from flows.report.selection import HEIGHT, WIDTH, panels
 from flows.report.stages import stages
-from flows.report.summary import lasting, summarize
+from flows.report.summary import in_short, lasting, summarize
 from flows.report.training_map import draw, ink_on, state_colors
+from flows.report.words import PLAIN
 
 _HERE = Path(__file__).parent
 _DEFAULT = ("rankme_cov", "resid_post")
@@ -30,6 +31,7 @@ def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> st
     walks = states.paths(data)
     bands = baselines.payload(data.baselines, walks)
     chosen = data.chosen
+    points = summarize(data)
     packed = pack_values(data.trajectories, data.runs)
     colors = state_colors(1 + max((row.state for row in rows), default=-1))
     environment = Environment(
@@ -49,7 +51,8 @@ def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> st
     return environment.get_template("template.html.j2").render(
         data=data,
         absent=text.ABSENT,
-        points=summarize(data),
+        points=points,
+        short=in_short(points),
         states=rows,
         colors=colors,
         inks=[ink_on(color) for color in colors],
@@ -140,6 +143,7 @@ def _about(names: set[str]) -> dict[str, dict[str, str]]:
             "formula": known[name].formula,
             "unit": "" if known[name].unit == "1" else known[name].unit,
             "range": known[name].range,
+            "plain": PLAIN.get(name, ""),
         }
         for name in sorted(names & known.keys())
     }

@@ -54,7 +54,7 @@ class PhaseRow:
         if phase not in self.changes:
             return ABSENT
         seen, *changes = self.changes[phase]
-        change, low, high = (f"{math.expm1(x):+.0%}" if x < 5 else f"x{math.exp(x):.0f}" for x in changes)
+        change, low, high = (_per_cent(x) if x < 5 else f"x{math.exp(x):.0f}" for x in changes)
         return f"{change} ({low} to {high})" + ("" if seen else ", not seen")
 
 
@@ -120,6 +120,12 @@ def _row(row: Row) -> PhaseRow:
     )
 
 
+def _per_cent(change: float) -> str:
+    """A change of ln(value) in per cent; one that rounds to 0 has no sign."""
+    share = f"{math.expm1(change):+.0%}"
+    return "0%" if share in ("+0%", "-0%") else share
+
+
 def describe(place: PhasePlace) -> list[str]:
     """Sentences on what all runs together show at one place."""
     pooled = place.pooled
@@ -131,12 +137,13 @@ def describe(place: PhasePlace) -> list[str]:
         if not pooled.seen(phase):
             sentences.append(f"{phase.capitalize()} is not seen ({who}).")
             continue
-        change = f"{math.expm1(pooled.changes[phase][1]):+.0%}"
+        change = _per_cent(pooled.changes[phase][1])
         said = f"{phase.capitalize()} is seen in {who} ({change})"
         if phase in pooled.ends:
             end = pooled.ends[phase]
-            after = "" if end.tokens is None else f", {tokens(end.tokens)} tokens"
-            said += f" and ends at step {number(end.step)} ({number(end.low)} to {number(end.high)}{after})"
+            after = "" if end.tokens is None else f"; {tokens(end.tokens)} tokens"
+            span = f"between {number(end.low)} and {number(end.high)}"
+            said += f" and ends at step {number(end.step)} ({span}{after})"
         elif phase in _BOUNDED:
             said += ", and its end is not"
         sentences.append(f"{said}.")

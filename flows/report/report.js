@@ -287,14 +287,29 @@
     const count = t.n === null ? "" : ` n = ${t.n[0] === t.n[1] ? spell(t.n[0]) : `${spell(t.n[0])} to ${spell(t.n[1])}`} observations per value.`;
     const about = data.metrics[t.metric];
     const meaning = about ? ` It is ${about.formula}; ${about.unit ? `unit ${about.unit}` : "no unit"}, range ${about.range}.` : "";
-    return `${t.metric}, ${placeOf(t)}.${meaning}${count} Protocol: ${data.protocols[t.analyzer] || "not recorded"}.`;
+    const words = about && about.plain && about.plain !== t.metric ? ` (${about.plain})` : "";
+    return `${t.metric}${words}, ${placeOf(t)}.${meaning}${count} Protocol: ${data.protocols[t.analyzer] || "not recorded"}.`;
   };
+
+  // Plotly labels the steps between decades with single digits, which read as values.
+  function logAxis(values) {
+    const positive = values.filter((value) => value > 0);
+    if (!positive.length) return { type: "log" };
+    const low = Math.min(...positive), high = Math.max(...positive), decades = Math.log10(high / low);
+    const digits = decades < 1.2 ? [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9] : decades < 3 ? [1, 2, 5] : [1];
+    const ticks = [];
+    for (let d = Math.floor(Math.log10(low)); d <= Math.log10(high); d++) ticks.push(...digits.map((x) => Number(`${x}e${d}`)));
+    const shown = ticks.filter((x) => x >= low / 1.3 && x <= high * 1.3);
+    // A narrow range may hold none of these.
+    return shown.length < 3 ? { type: "log", dtick: "D2" } : { type: "log", tickmode: "array", tickvals: shown, ticktext: shown.map((x) => x >= 1e6 || x < 1e-4 ? x.toExponential() : String(x)) };
+  }
 
   // Values on a symlog axis: linear around 0 up to the smallest magnitude of the upper thousand-fold, so that
   // signs and zeros have a place.
   function valueAxis(values, kind) {
     const known = values.filter((value) => value !== null), most = Math.max(...known.map(Math.abs), 0);
-    if (kind !== "symlog" || most === 0) return { bend: (value) => value, axis: { type: kind === "log" ? "log" : "linear" } };
+    if (kind === "log") return { bend: (value) => value, axis: logAxis(known) };
+    if (kind !== "symlog" || most === 0) return { bend: (value) => value, axis: { type: "linear" } };
     const sizes = known.map(Math.abs).filter((size) => size >= most / 1000);
     const unit = 10 ** Math.floor(Math.log10(Math.min(...sizes)));
     const bend = (value) => value === null ? null : Math.sign(value) * Math.log10(1 + Math.abs(value) / unit);
@@ -406,7 +421,7 @@
     }
     const trajectory = data.trajectories[chosen.trajectory];
     const { axis, layout } = layoutBase();
-    const plot = 300, gap = 14, bars = chosen.rows.length * 24, inner = plot + gap + bars;
+    const plot = 300, gap = 14, bars = chosen.rows.some((row) => Object.keys(row.ends).length) ? chosen.rows.length * 24 : 0, inner = plot + gap + bars;
     const margin = { l: 70, r: 40, t: 44, b: 56 };
     const pooled = chosen.rows.find((row) => row.pooled);
     const floor = cellEdges(data.runs[0], scale)[0];
@@ -418,8 +433,8 @@
       ...layout, margin, shapes: bands, modebar: { ...layout.modebar, orientation: "v" }, height: inner + margin.t + margin.b, barmode: "overlay", hovermode: "closest", showlegend: true,
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
       xaxis: { ...axis, ...stepAxis(data.runs, scale), anchor: "y2" },
-      yaxis: { ...axis, type: "log", domain: [(bars + gap) / inner, 1], title: { text: titled(trajectory.metric), standoff: 8, font: { size: 13 } }, exponentformat: "power" },
-      yaxis2: { ...axis, type: "category", domain: [0, bars / inner], categoryorder: "array", categoryarray: chosen.rows.map((row) => plain(row.run)), range: [chosen.rows.length - 0.5, -0.5], showgrid: false, ticks: "", fixedrange: true },
+      yaxis: { ...axis, ...logAxis(trajectory.values.flatMap((values) => values || [])), domain: [(bars + gap) / inner, 1], title: { text: titled(trajectory.metric), standoff: 8, font: { size: 13 } }, exponentformat: "power" },
+      yaxis2: { ...axis, type: "category", visible: bars > 0, domain: [0, bars ? bars / inner : 0.001], categoryorder: "array", categoryarray: chosen.rows.map((row) => plain(row.run)), range: [chosen.rows.length - 0.5, -0.5], showgrid: false, ticks: "", fixedrange: true },
     }, config);
     byId("phase-caption").textContent = `${caption(trajectory)} Value axis: log.`;
   }
@@ -656,25 +671,29 @@
 
   // Paper is white and has a width of its own.
   const paperWidth = 680;
-  let chosenTheme;
+  let chosenTheme, unfolded = [];
   window.addEventListener("beforeprint", () => {
     chosenTheme = root.dataset.theme;
     root.dataset.theme = "light";
     themed();
     for (const plot of plots()) if (plot.layout) Plotly.relayout(plot, { width: paperWidth });
+    // Paper cannot be unfolded.
+    unfolded = [...document.querySelectorAll("#summary details:not([open])")];
+    for (const part of unfolded) part.open = true;
   });
   window.addEventListener("afterprint", () => {
+    for (const part of unfolded) part.open = false;
     if (chosenTheme) root.dataset.theme = chosenTheme; else delete root.dataset.theme;
     for (const plot of plots()) if (plot.layout) Plotly.relayout(plot, { width: null, autosize: true });
     themed();
   });
 
-  // `ontogeny report --format` waits for this, and reads the plots as pictures.
+  // `ontogeny report --format` waits for this, and reads the plots as pictures; crosscoder.js saves with it.
   const show = (i) => {
     const t = data.trajectories[i];
     if (pickLine) pickLine.choose(t);
     if (pickHeat && t.layer !== null) pickHeat.choose(t);
   };
-  window.ontogenyReport = { show };
+  window.ontogenyReport = { show, save };
   root.dataset.ready = "yes";
 })();

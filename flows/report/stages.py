@@ -1,39 +1,62 @@
-"""The states as the phases that a reader asks for: when each is entered, and what changes then."""
+"""The states as the phases that a reader asks for: when each begins, and what changes then."""
 
 from dataclasses import dataclass
 from statistics import median
 
 from analyzers.latent.training_map import Stay
 from flows.report.data import ReportData, Row
-from flows.report.drivers import strongest
-from flows.report.text import join, number, tokens
+from flows.report.drivers import TOP
+from flows.report.text import number, tokens
+from flows.report.words import in_words
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one metric does on entry: its name in plain words (None: there are none), and its move."""
+
+    metric: str
+    plain: str | None
+    move: str
+    origin: int | None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One state: when runs first enter it, which do of how many, and what changes on entry."""
+    """One state: when runs first enter it, which do of how many, and what changes on entry.
+
+    ``step`` is the median over runs. A change names the state left where runs come from several.
+    """
 
     state: int
+    step: int
     entered: str
     runs: list[str]
     total: int
-    changes: list[str]
+    changes: list[Change]
 
 
 def stages(data: ReportData, walks: dict[str, list[Stay]]) -> list[Stage]:
     """One row per state that a run visits, in order."""
+    means = {(row["state"], row["metric"]): row["mean"] for row in data.state_means}
     found = []
     for state in sorted({stay.state for walk in walks.values() for stay in walk}):
         first = {
             run: stay.first for run, walk in walks.items() for stay in reversed(walk) if stay.state == state
         }
-        here = [row for row in strongest(data.drivers) if row["to"] == state]
+        here = [row for row in data.drivers if row["to"] == state and row["run"] is None]
         origins = sorted({row["from"] for row in here})
-        changes = []
-        for origin in origins:
-            words = join([_change(row) for row in here if row["from"] == origin])
-            changes.append(f"coming from {origin}: {words}" if len(origins) > 1 else words)
-        found.append(Stage(state, _entered(data, first), sorted(first), len(walks), changes))
+        changes = [
+            Change(
+                row["metric"],
+                in_words(row["metric"]),
+                _move(row, means),
+                origin if len(origins) > 1 else None,
+            )
+            for origin in origins
+            for row in _farthest([row for row in here if row["from"] == origin])
+        ]
+        step = round(median(first.values()))
+        found.append(Stage(state, step, _entered(data, first), sorted(first), len(walks), changes))
     return found
 
 
@@ -48,11 +71,20 @@ def _entered(data: ReportData, first: dict[str, int]) -> str:
     return f"{text}, {tokens(round(median(known)))} tokens" if len(known) == len(counts) else text
 
 
-def _change(row: Row) -> str:
-    """``loss falls by 0.75``: the mean of the state entered against that of the state left."""
+def _farthest(rows: list[Row]) -> list[Row]:
+    """The metrics whose means move most; scores do not say that, where the model is sure they are all 0."""
+    return sorted(rows, key=lambda row: -abs(row["shift_scaled"] or 0))[:TOP]
+
+
+def _move(row: Row, means: dict[tuple[int, str], float | None]) -> str:
+    """``falls from 7.2 to 6.45``: the mean of the state left, and that of the state entered."""
+    before, after = means.get((row["from"], row["metric"])), means.get((row["to"], row["metric"]))
     shift, unit = row["shift"], ""
     if shift is None:
-        shift, unit = row["shift_scaled"], " sd"
+        shift, unit = row["shift_scaled"], " standard deviations"
     if not shift:
-        return f"{row['metric']} stays"
-    return f"{row['metric']} {'rises' if shift > 0 else 'falls'} by {abs(shift):.3g}{unit}"
+        return "stays"
+    verb = "rises" if shift > 0 else "falls"
+    if before is not None and after is not None:
+        return f"{verb} from {before:.3g} to {after:.3g}"
+    return f"{verb} by {abs(shift):.3g}{unit}"

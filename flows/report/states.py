@@ -29,7 +29,7 @@ def describe_changes(walks: dict[str, list[Stay]]) -> list[str]:
         else:
             middle = number(median(steps))
             when = f"at steps {number(steps[0])} to {number(steps[-1])} (median {middle})"
-        sentences.append(f"State {source} changes to {target} {when} in {who}.")
+        sentences.append(f"Phase {source} gives way to {target} {when} in {who}.")
     return sentences
 
 
@@ -44,13 +44,13 @@ def oddities(walks: dict[str, list[Stay]]) -> dict[str, list[str]]:
 def _reason(oddity: Oddity) -> str:
     match oddity.kind:
         case "alone":
-            return f"visits state {oddity.state}, which no other run visits"
+            return f"visits phase {oddity.state}, which no other run visits"
         case "missing":
-            return f"never visits state {oddity.state}, which all others visit"
+            return f"never visits phase {oddity.state}, which all others visit"
         case "order":
-            return f"meets the states in another order ({' → '.join(map(str, oddity.order))})"
+            return f"meets the phases in another order ({' → '.join(map(str, oddity.order))})"
         case "return":
-            return f"re-enters state {oddity.state} at step {number(oddity.step)}"
+            return f"re-enters phase {oddity.state} at step {number(oddity.step)}"
 
 
 def describe_forks(walks: dict[str, list[Stay]]) -> list[str]:
@@ -59,8 +59,8 @@ def describe_forks(walks: dict[str, list[Stay]]) -> list[str]:
     for fork in forks(walks):
         ways = []
         for target, runs in fork.ways.items():
-            ways.append(f"{few(list(runs))} to state {target}")
-        sentences.append(f"Runs part after state {fork.state}: {join(ways)}.")
+            ways.append(f"{few(list(runs))} to phase {target}")
+        sentences.append(f"Runs part after phase {fork.state}: {join(ways)}.")
     return sentences
 
 
@@ -75,18 +75,18 @@ def describe_oddities(walks: dict[str, list[Stay]]) -> list[str]:
         missing = len(walks) - len(there)
         if missing and (unsure or (len(there) > 1 and missing > 1)):
             verb = "visits" if len(there) == 1 else "visit"
-            divided.append(f"Only {join(sorted(there))} {verb} state {state}.")
+            divided.append(f"Only {join(sorted(there))} {verb} phase {state}.")
     for state, back in reentries(walks).items():
         returning = sorted(back)
         if unsure or 2 * len(returning) >= len(walks):
             verb = "re-enters" if len(returning) == 1 else "re-enter"
-            divided.append(f"{join(returning)} {verb} state {state}.")
+            divided.append(f"{join(returning)} {verb} phase {state}.")
     divided += describe_forks(walks)
     if unsure:
         count = "one run has" if len(walks) == 1 else "two runs have"
-        sentences.append(f"Only {count} states, so no run can be called odd.")
+        sentences.append(f"Only {count} phases, so no run can be called odd.")
     elif not sentences:
-        same = "" if divided else ": all visit the same states, and none returns to a state it left"
+        same = "" if divided else ": all visit the same phases, and none returns to a phase it left"
         sentences.append(f"No run stands out{same}.")
     return sentences + divided
 
@@ -95,12 +95,12 @@ def describe_choice(models: list[Row], chosen: Row) -> str:
     """How the number of states was chosen."""
     k, tried = chosen["k"], [row["k"] for row in models]
     if len(tried) == 1:
-        return f"The number of states was {k}; no other number was tried."
-    among = f"{k} states were chosen among {tried[0]} to {tried[-1]}"
+        return f"The number of phases was {k}; no other number was tried."
+    among = f"{k} phases were chosen among {tried[0]} to {tried[-1]}"
     if chosen.get("rule") == "agreement" and chosen["ari"] is not None:
         return (
-            f"{among}: the largest number whose best restarts agree (adjusted Rand index "
-            f"{chosen['ari']:.2f}, {AGREEMENT} is the least) and whose BIC still improves."
+            f"{among}: the largest number on which fits from other random starts agree (adjusted Rand index "
+            f"{chosen['ari']:.2f} of 1, {AGREEMENT} is the least) and that still improves the fit (BIC)."
         )
     score, what = _scored_by(models, chosen)
     scored = [row for row in models if row[score] is not None]

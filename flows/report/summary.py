@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from analyzers.latent.training_map import Stay
 from flows.report import phases, states
 from flows.report.data import ReportData, Row
+from flows.report.stages import stages
 from flows.report.text import join, number, plural, sentence, tokens
+from flows.report.words import in_words
 
 # Notes on the fit that the summary repeats; the section shows them all.
 _NOTES = 4
@@ -18,13 +20,19 @@ _REASON = 160
 
 @dataclass(frozen=True)
 class Point:
-    """One question of the reader, its answer in a few words, the sentences behind it and where to read on."""
+    """One question of the reader, its answer in a few words, the sentences behind it and where to read on.
+
+    ``short`` is its part of the paragraph above all points; ``more`` is for the careful and stands folded.
+    """
 
     title: str
     headline: str
     sentences: list[str]
     section: str
     alarming: bool = False
+    short: str = ""
+    more: tuple[str, ...] = ()
+    more_title: str = ""
 
 
 def summarize(data: ReportData) -> list[Point]:
@@ -38,6 +46,11 @@ def summarize(data: ReportData) -> list[Point]:
         _phases(data),
         _measured(data),
     ]
+
+
+def in_short(points: list[Point]) -> str:
+    """The answers of all points in one paragraph."""
+    return " ".join(point.short for point in points if point.short)
 
 
 def _measured(data: ReportData) -> Point:
@@ -64,37 +77,59 @@ def _measured(data: ReportData) -> Point:
     metrics = {t.metric for t in data.trajectories}
     layers = {t.layer for t in data.trajectories if t.layer is not None}
     sentences.append(
-        f"{plural(len(metrics), 'metric')}, {plural(len(data.trajectories), 'trajectory')}"
-        + (f" over {plural(len(layers), 'layer')}." if layers else ".")
+        f"{plural(len(metrics), 'metric')}, in all {plural(len(data.trajectories), 'trajectory')}"
+        + (
+            f" over {plural(len(layers), 'layer')} (one metric at one place of the network each)."
+            if layers
+            else "."
+        )
     )
     headline = f"{plural(len(runs), 'run')}, {plural(len(done), 'checkpoint')}"
     return Point(title, headline, sentences, section)
 
 
 def _states(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
-    title, section = "Phases of training, as states", "map"
+    title, section = "How many phases, and when?", "map"
     chosen = data.chosen
     if chosen is None or not walks:
-        return Point(title, "None fitted yet", ["No states have been fitted yet."], section)
-    seen = {segment.state for walk in walks.values() for segment in walk}
-    sentences = [
-        f"{plural(len(seen), 'state')} found in {plural(len(chosen['metrics'] or []), 'trajectory')}."
-    ]
-    sentences += states.describe_changes(walks) or ["No run changes its state."]
-    sentences.append(states.describe_choice(data.models, chosen))
+        text = "No phases have been looked for yet (they are the states of a model that is fitted)."
+        return Point(title, "None fitted yet", [text], section, short="No phases have been looked for yet.")
+    found = stages(data, walks)
+    count = plural(len(found), "phase")
+    sentences = states.describe_changes(walks) or ["No run leaves its phase."]
     notes = states.caveats(chosen)
-    sentences += notes[:_NOTES]
+    metrics = plural(len(chosen["metrics"] or []), "metric")
+    more = [
+        f"Phase k is state k of a hidden Markov model: checkpoints that look alike in {metrics}.",
+        states.describe_choice(data.models, chosen),
+        *notes[:_NOTES],
+    ]
     if len(notes) > _NOTES:
-        sentences.append(f"{plural(len(notes) - _NOTES, 'more note')} on the fit below.")
-    return Point(title, plural(len(seen), "state"), sentences, section)
+        more.append(f"{plural(len(notes) - _NOTES, 'more note')} on the fit below.")
+    begin = [number(stage.step) for stage in found]
+    short = f"Training falls into {count}, which begin at steps {join(begin)}."
+    if len(found) == 1:
+        short = "Training is one phase."
+    doubt = f" {plural(len(notes), 'caution').capitalize()}." if notes else ""
+    return Point(
+        title,
+        count,
+        sentences,
+        section,
+        short=short,
+        more=tuple(more),
+        more_title=f"How was this number chosen?{doubt}",
+    )
 
 
 def _phases(data: ReportData) -> Point:
-    title, section = "Geometric phases", "phases"
+    title, section = "Does the representation collapse and expand?", "phases"
     found = phases.places(data)
     if not found:
-        return Point(title, "Not looked for yet", ["No phases have been looked for yet."], section)
-    sentences = [f"In {found[0].name}:", *phases.describe(found[0])]
+        return Point(title, "Not looked for yet", ["This has not been looked for yet."], section)
+    plain = in_words(found[0].name)
+    named = f"{plain} ({found[0].name})" if plain else found[0].name
+    sentences = [f"In the trajectory of {named}:", *phases.describe(found[0])]
     if len(found) > 1:
         sentences.append(f"{plural(len(found) - 1, 'more trajectory')} below.")
     return Point(title, phases.headline(found[0]), sentences, section)
@@ -104,28 +139,42 @@ def _null(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
     """Whether curves without phases would have been cut into states as well."""
     title, section = "Are the phases more than smooth drift?", "map"
     if not walks:
-        return Point(title, "Not known", ["There are no states to compare with smooth curves."], section)
+        return Point(title, "Not known", ["There are no phases to compare with smooth curves."], section)
     if not data.nulls:
         text = (
-            "No smooth surrogates were fitted (states.fit.surrogates is 0), and a hidden Markov model cuts "
-            "any drift into states. Do not quote these states as phases without that comparison."
+            "The model cuts any drift into phases. Whether smooth curves without phases would be cut just so "
+            "was not tested (states.fit.surrogates is 0): do not quote these phases without that test."
         )
-        return Point(title, "Not tested", [text], section, alarming=True)
+        short = "Whether they are more than smooth drift was not tested."
+        return Point(title, "Not tested", [text], section, alarming=True, short=short)
     explained = data.nulls[0]["explained"]
     headline = {True: "No: smooth curves do as well", False: "Yes", None: "Open"}[explained]
-    lines = [row["sentence"] for row in data.nulls]
-    return Point(title, headline, lines, section, alarming=explained is not False)
+    short = {
+        True: "Smooth curves without phases fit as well, so they are no evidence of phases.",
+        False: "They are more than smooth drift.",
+        None: "Whether they are more than smooth drift is open.",
+    }[explained]
+    plain = {
+        True: "Made-up runs that follow smooth curves, without phases, suit the same model as well:",
+        False: "Made-up runs that follow smooth curves, without phases, suit the same model clearly worse:",
+        None: "The test against made-up runs that follow smooth curves, without phases, does not decide:",
+    }[explained]
+    lines = [plain, *(row["sentence"] for row in data.nulls)]
+    return Point(title, headline, lines, section, alarming=explained is not False, short=short)
 
 
 def _odd(walks: dict[str, list[Stay]]) -> Point:
-    title, section = "Odd runs", "map"
+    title, section = "Which run is odd?", "map"
     if not walks:
-        return Point(title, "Not known", ["Odd runs are judged by their states; none are fitted."], section)
+        return Point(title, "Not known", ["Odd runs are judged by their phases; none are fitted."], section)
     odd = states.oddities(walks)
     headline = join(list(odd)) if 0 < len(odd) <= 3 else (plural(len(odd), "run") if odd else "None")
+    verb = "is" if len(odd) == 1 else "are"
+    short = f"{headline} {verb} odd." if odd else "No run is odd."
     if len(walks) < 3:
-        headline = "Too few runs to say"
-    return Point(title, headline, states.describe_oddities(walks), section, alarming=bool(odd))
+        headline, short = "Too few runs to say", "Fewer than three runs cannot tell which is odd."
+    sentences = states.describe_oddities(walks)
+    return Point(title, headline, sentences, section, alarming=bool(odd), short=short)
 
 
 def lasting(data: ReportData) -> list[Row]:
@@ -182,13 +231,22 @@ def _quality(data: ReportData) -> Point:
     absent = sum(row["absent"] for row in data.noted)
     if absent:
         often = max(data.noted, key=lambda row: row["absent"])
+        verb = "is" if absent == 1 else "are"
         sentences.append(
-            f"{plural(absent, 'value')} could not be computed; lines have gaps there. Most often: "
-            f"{_short(str(often['note']))} ({often['metric']})."
+            f"{number(absent)} of {plural(data.rows, 'value')} could not be computed and {verb} left blank. "
+            f"Most often {often['metric']}: {_short(str(often['note']))}."
         )
     mixed = [name for name, n in Counter(p.analyzer for p in data.protocols).items() if n > 1]
     if mixed:
         sentences.append(f"Runs were measured under different protocols by {join(mixed)}.")
-    clean = "No known problem" if data.audited else "Not audited"
-    headline = join([*parts[:2], *([plural(len(places), "failure")] if failed else [])]) or clean
-    return Point("Data quality", headline, sentences, "audit", alarming=bool(counts["error"] or failed))
+    problems = join([*parts[:2], *([plural(len(places), "failure")] if failed else [])])
+    alarming = bool(counts["error"] or failed)
+    if alarming:
+        headline, short = f"With care: {problems}", f"Take the data with care: {problems}."
+    elif not data.audited:
+        headline, short = "Not audited", "The data were not audited."
+    elif problems:
+        headline, short = f"Yes, with {problems}", f"The data have no error; the audit found {problems}."
+    else:
+        headline, short = "No known problem", "The data have no known problem."
+    return Point("Can I trust the data?", headline, sentences, "audit", alarming=alarming, short=short)

@@ -29,7 +29,10 @@ def series_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["measure", "nosuch"], "there is no series 'nosuch'"),
+        (["measure", "nosuch"], "there is no series 'nosuch' (give one of backcopy, "),
+        (["measure", "pythia-70n"], "there is no series 'pythia-70n'; did you mean 'pythia-70m'?"),
+        (["measure", "FILE", "--root", "FILE"], "is a file: give a folder"),
+        (["list", "tables", "--root", "FILE"], "is a file: give a folder"),
         (["measure", "none.toml"], "series file 'none.toml' does not exist"),
         (["measure", "hub:onlyname"], "'onlyname' is not a repository OWNER/NAME"),
         (
@@ -80,6 +83,20 @@ def test_missing_folder(cli: Cli) -> None:
     assert done.stderr.strip() == "ontogeny: folder '/no/such/folder' of series 'folder' does not exist"
 
 
+def test_a_study_of_nothing_measurable_says_why(tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / "mine" / "step5"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    done = cli("study", f"dir:{folder.parent}", "--root", str(tmp_path / "root"))
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(
+        "ontogeny: no checkpoint of 'mine' could be measured, so there is nothing to study"
+    )
+    assert "run-0/step5: " in line
+    assert "weights" in line
+
+
 def test_unknown_option_is_exit_code_2() -> None:
     assert CliRunner().invoke(app, ["measure", "specimen", "--stepz", "1"]).exit_code == 2
 
@@ -89,3 +106,14 @@ def test_lists() -> None:
         result = CliRunner().invoke(app, ["list", what])
         assert result.exit_code == 0
         assert expected in result.stdout
+
+
+def test_names_of_metrics_are_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.cli.out.width", 80)
+    listed = CliRunner().invoke(app, ["list", "metrics"]).stdout
+    assert "attention_previous_token" in listed
+
+
+def test_an_empty_store_says_so(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(app, ["list", "tables", "--root", str(tmp_path)])
+    assert "There is no series in the store" in listed.stdout

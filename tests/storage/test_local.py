@@ -70,6 +70,9 @@ def test_a_run_with_an_unusable_name_is_refused(tmp_path: Path) -> None:
 def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere' of series 'tiny' does not exist"):
         list_folder("tiny", DirSource(path=str(tmp_path / "nowhere")), "")
+    made = DirSource(path="{root}/mine", made_by="ontogeny specimen --out {root}/mine")
+    with pytest.raises(UsageError, match=r"not exist: make it first with ontogeny specimen --out R/mine$"):
+        list_folder("tiny", made, "R")
     with pytest.raises(UsageError, match=r"holds no checkpoint \(subfolders such as step1000\)"):
         list_folder("tiny", DirSource(path=str(tmp_path)), "")
 

@@ -72,34 +72,36 @@ def test_summary_says_what_is_known(report_store: Store) -> None:
             "59 checkpoints of 3 runs (seed1, seed2 and seed3) measured, "
             "from step 0 to 1,400 (2.87 M tokens).",
             "1 checkpoint of the catalogue not measured.",
-            "2 metrics, 6 trajectories over 4 layers.",
+            "2 metrics, in all 6 trajectories over 4 layers (one metric at one place of the network each).",
         ],
-        "Phases of training, as states": [
-            "3 states found in 2 trajectories.",
-            "State 0 changes to 1 at steps 32 to 64 (median 32) in all 3 runs.",
-            "State 1 changes to 2 at step 512 in seed3.",
-            "State 2 changes to 1 at step 800 in seed3.",
-            "3 states were chosen among 1 to 5: they give the lowest BIC on held-out seed3.",
-            "Two metrics are few.",
+        "How many phases, and when?": [
+            "Phase 0 gives way to 1 at steps 32 to 64 (median 32) in all 3 runs.",
+            "Phase 1 gives way to 2 at step 512 in seed3.",
+            "Phase 2 gives way to 1 at step 800 in seed3.",
         ],
-        "Are the phases more than smooth drift?": ["Smooth <b>curves</b> do as well (gap +0.1)."],
-        "Geometric phases": [
-            "In rankme_cov[resid_post.3]:",
-            "Collapse is seen in 3 of 3 runs (-25%) and ends at step 512 (256 to 600, 1.05 M tokens).",
+        "Are the phases more than smooth drift?": [
+            "The test against made-up runs that follow smooth curves, without phases, does not decide:",
+            "Smooth <b>curves</b> do as well (gap +0.1).",
+        ],
+        "Does the representation collapse and expand?": [
+            "In the trajectory of effective rank of the activations after block 3 "
+            "(rankme_cov[resid_post.3]):",
+            "Collapse is seen in 3 of 3 runs (-25%) and ends at step 512 "
+            "(between 256 and 600; 1.05 M tokens).",
             "Expansion is seen in 3 of 3 runs (+25%), and its end is not.",
             "Compression is not seen (0 of 3 runs).",
         ],
-        "Odd runs": [
-            "seed3 is odd: it visits state 2, which no other run visits; it re-enters state 1 at step 800."
+        "Which run is odd?": [
+            "seed3 is odd: it visits phase 2, which no other run visits; it re-enters phase 1 at step 800."
         ],
-        "Data quality": [
+        "Can I trust the data?": [
             "The audit found 1 error, 1 warning and 1 note.",
             "Error in seed3 step 64: <script>alert(1)</script> & more.",
             "1 checkpoint failed and remains unmeasured, in part or whole.",
             "Failed: seed2 step 128; last reason: truncated </script><img src=x>.",
             "1 failed attempt succeeded on another try.",
-            "1 value could not be computed; lines have gaps there. Most often: "
-            "the covariance has no rank <b>here</b> (rankme_cov).",
+            "1 of 354 values could not be computed and is left blank. Most often rankme_cov: "
+            "the covariance has no rank <b>here</b>.",
         ],
     }
 
@@ -112,24 +114,24 @@ def test_odd_runs() -> None:
     alike = {"a": _walk(0, 1, 2), "b": _walk(0, 1, 2), "c": _walk(0, 1, 2)}
     assert oddities(alike) == {}
     assert describe_oddities(alike) == [
-        "No run stands out: all visit the same states, and none returns to a state it left."
+        "No run stands out: all visit the same phases, and none returns to a phase it left."
     ]
-    assert oddities({**alike, "d": _walk(0, 2)}) == {"d": ["never visits state 1, which all others visit"]}
+    assert oddities({**alike, "d": _walk(0, 2)}) == {"d": ["never visits phase 1, which all others visit"]}
     assert oddities({**alike, "d": _walk(0, 2, 1)}) == {
-        "d": ["meets the states in another order (0 → 2 → 1)"]
+        "d": ["meets the phases in another order (0 → 2 → 1)"]
     }
-    assert oddities({**alike, "d": _walk(0, 1, 0, 2)}) == {"d": ["re-enters state 0 at step 20"]}
+    assert oddities({**alike, "d": _walk(0, 1, 0, 2)}) == {"d": ["re-enters phase 0 at step 20"]}
 
 
 def test_what_a_majority_does_is_not_odd() -> None:
     returning = {"a": _walk(0, 1, 0), "b": _walk(0, 1, 0), "c": _walk(0, 1)}
-    assert describe_oddities(returning) == ["No run stands out.", "a and b re-enter state 0."]
+    assert describe_oddities(returning) == ["No run stands out.", "a and b re-enter phase 0."]
 
 
 def test_two_runs_cannot_tell_which_is_odd() -> None:
     assert describe_oddities({"a": _walk(0, 1), "b": _walk(0)}) == [
-        "Only two runs have states, so no run can be called odd.",
-        "Only a visits state 1.",
+        "Only two runs have phases, so no run can be called odd.",
+        "Only a visits phase 1.",
     ]
 
 
@@ -200,7 +202,7 @@ def test_null_and_baselines_stand_beside_the_map(elements: Elements, report_page
 
 def test_runs_that_part_are_named() -> None:
     walks = {"a": _walk(0, 1), "b": _walk(0, 2), "c": _walk(0, 1), "d": _walk(0, 2)}
-    assert "Runs part after state 0: a and c to state 1 and b and d to state 2." in describe_oddities(walks)
+    assert "Runs part after phase 0: a and c to phase 1 and b and d to phase 2." in describe_oddities(walks)
 
 
 def test_steps_that_nobody_measured_break_no_line(tmp_path: Path) -> None:
@@ -225,7 +227,7 @@ def test_a_training_log_breaks_no_line_and_measures_nothing(tmp_path: Path) -> N
     assert [(run.name, run.steps) for run in data.runs] == [("r", [0, 2, 4])]
     assert [t.values for t in data.trajectories] == [[[1.0, 1.0, 1.0]], [[5.0, 3.0, 1.0]]]
     assert data.measured_checkpoints == {("r", 0), ("r", 2), ("r", 4)}
-    assert "protocol" not in " ".join(_sentences(store, "s")["Data quality"])
+    assert "protocol" not in " ".join(_sentences(store, "s")["Can I trust the data?"])
     assert "train_loss" in render_report(store, "s")
 
 
@@ -268,7 +270,10 @@ def test_runs_may_differ_in_protocol(tmp_path: Path) -> None:
         row = {"step": 0, "analyzer": "a", "metric": "m", "value": 1.0}
         row["protocol"] = json.dumps({"analyzer": "a", "version": version})
         store.write("metrics", [row], series="s", run=run, name="x")
-    assert "Runs were measured under different protocols by a." in _sentences(store, "s")["Data quality"]
+    assert (
+        "Runs were measured under different protocols by a."
+        in _sentences(store, "s")["Can I trust the data?"]
+    )
     captions = json.loads(Elements(render_report(store, "s")).json)["protocols"]
     assert captions == {"a": "r1: a 1 / r2: a 2"}
 
@@ -280,6 +285,7 @@ def test_a_series_that_was_only_catalogued(report_store: Store) -> None:
         "No metrics have been measured yet, so there is nothing to plot.",
         "No metric has been measured by layer, so there is no heat map.",
         "No phases have been looked for yet.",
+        "Collapse and expansion have not been looked for yet.",
         "No growth curves have been fitted yet.",
         "No states have been fitted yet, so there is no training map.",
         "The series has not been audited.",
@@ -293,7 +299,7 @@ def test_a_series_that_was_only_catalogued(report_store: Store) -> None:
 def test_an_audit_without_findings(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.write("findings", [], series="s", run="r", name="audit")
-    assert "The audit found nothing to report." in _sentences(store, "s")["Data quality"]
+    assert "The audit found nothing to report." in _sentences(store, "s")["Can I trust the data?"]
 
 
 def test_a_model_with_broken_parameters_and_without_states(tmp_path: Path) -> None:
@@ -655,7 +661,10 @@ def test_the_plots_of_the_choice_are_on_the_page(report_page: str) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"rule": "agreement"}, "the largest number whose best restarts agree (adjusted Rand index 0.95"),
+        (
+            {"rule": "agreement"},
+            "the largest number on which fits from other random starts agree (adjusted Rand index 0.95",
+        ),
         ({"rule": "paper", "heldout": 1.0, "heldout_runs": ["c"]}, "they give the lowest BIC on held-out c."),
         ({"rule": None, "heldout": 1.0, "heldout_runs": ["c"]}, "they give the lowest BIC on held-out c."),
         (
@@ -675,6 +684,6 @@ def test_the_choice_is_told_by_its_rule(change: dict[str, object], sentence: str
     other = {**row, "k": 1} | dict.fromkeys(("bic", "icl", "heldout"), 9.0) | {"heldout_loglik": -9.0}
     if row["heldout"] is None:
         other["heldout"] = None
-    assert describe_choice([other, row], row) == "2 states were chosen among 1 to 2: " + sentence.replace(
-        "index 0.95", "index 0.95, 0.9 is the least) and whose BIC still improves."
+    assert describe_choice([other, row], row) == "2 phases were chosen among 1 to 2: " + sentence.replace(
+        "index 0.95", "index 0.95 of 1, 0.9 is the least) and that still improves the fit (BIC)."
     )

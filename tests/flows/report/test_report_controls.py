@@ -22,7 +22,8 @@ from flows.report.figures import draw_figures
 from flows.report.pack import pack_values
 from flows.report.stages import stages
 from flows.report.states import paths
-from flows.report.summary import summarize
+from flows.report.summary import in_short, summarize
+from flows.report.words import PLAIN, in_words
 from storage import Store, UsageError
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(600, 1500, 100))
@@ -132,8 +133,68 @@ def test_phases_with_steps_and_what_changes(report_store: Store) -> None:
     first, second, third = stages(data, paths(data))
     assert (first.entered, first.runs, first.changes) == ("step 0", ["seed1", "seed2", "seed3"], [])
     assert second.entered == "step 32 (32 to 64), 65.5 k tokens"
-    assert second.changes == ["loss falls by 0.75 and l2 rises by 1.5 sd"]
+    assert [(change.plain, change.move, change.origin) for change in second.changes] == [
+        ("loss", "falls by 0.75", None),
+        ("norm of the weights", "rises by 1.5 standard deviations", None),
+    ]
     assert (third.entered, third.runs, third.total) == ("step 512, 1.05 M tokens", ["seed3"], 3)
+
+
+def test_the_first_paragraph_answers_a_person_in_a_hurry(report_store: Store) -> None:
+    points = summarize(collect(report_store, "toy"))
+    assert in_short(points) == (
+        "Training falls into 3 phases, which begin at steps 0, 32 and 512. Whether they are more than smooth "
+        "drift is open. seed3 is odd. Take the data with care: 1 error, 1 warning and 1 failure."
+    )
+    assert points[0].more_title == "How was this number chosen? 1 caution."
+    assert points[0].more == (
+        "Phase k is state k of a hidden Markov model: checkpoints that look alike in 2 metrics.",
+        "3 phases were chosen among 1 to 5: they give the lowest BIC on held-out seed3.",
+        "Two metrics are few.",
+    )
+
+
+def test_what_moves_most_comes_first(report_store: Store, tmp_path: Path) -> None:
+    """A score is 0 where the model is sure; means of both states make ``from`` and ``to``."""
+    shutil.copytree(report_store.root, tmp_path / "copy")
+    store = Store(tmp_path / "copy")
+    chosen = collect(store, "toy").chosen
+    assert chosen is not None
+    edge = {"model": chosen["model"], "from": 0, "to": 1, "run": None, "runs": 3}
+    moves = {"loss": (1e-22, 0.3, -0.5), "l2": (0.0, -2.0, 1.25), "x": (1e-20, -0.1, 0.0)}
+    rows = [
+        {**edge, "metric": name, "score": score, "rank": rank, "shift_scaled": scaled, "shift": shift}
+        for rank, (name, (score, scaled, shift)) in enumerate(moves.items(), 1)
+    ]
+    store.write("drivers", rows, series="toy", name=chosen["model"])
+    means = [{"model": chosen["model"], "metric": "l2", "state": s, "mean": 2.0 + 1.25 * s} for s in (0, 1)]
+    store.write("state_means", means, series="toy", name="means")
+    data = collect(store, "toy")
+    moved = [(change.metric, change.move) for change in stages(data, paths(data))[1].changes]
+    assert moved == [("l2", "rises from 2 to 3.25"), ("loss", "falls by 0.5"), ("x", "stays")]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("loss", "loss"),
+        ("rankme_cov[resid_post.3]", "effective rank of the activations after block 3"),
+        ("rankme_cov[resid_post.last]", "effective rank of the activations after the last block"),
+        ("rankme_cov[final_norm]", "effective rank of the activations after the final norm"),
+        (
+            "top1_over_median[resid_post.mean]",
+            "largest activation over the median one (mean over the blocks)",
+        ),
+        ("l2[attention.query.2]", "norm of the weights at attention.query of block 2"),
+        ("nobody_knows[resid_post.1]", None),
+    ],
+)
+def test_names_in_plain_words(name: str, words: str | None) -> None:
+    assert in_words(name) == words
+
+
+def test_words_are_of_metrics_that_exist() -> None:
+    assert set(PLAIN) <= {metric.name for cls in load_all().values() for metric in cls.metrics}
 
 
 def test_a_state_entered_twice_counts_once(report_store: Store) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_pages import download
 
 from flows.report import render_report
 from flows.report.crosscoder import MOST_FEATURES
@@ -231,6 +232,15 @@ def test_a_feature_has_a_page_with_its_contexts_as_text(opened: Any) -> None:
     assert opened.locator("#crosscoder-contexts mark").first.text_content() == NASTY
     assert opened.locator("#crosscoder-contexts img").count() == 0
     assert drawn(opened, "crosscoder-curve", "y")[0] == [0.1, 0.2, 1]
+
+
+def test_the_features_drawn_can_be_downloaded(opened: Any) -> None:
+    opened.wait_for_selector("html[data-ready]", state="attached")
+    lines = download(opened, "#crosscoder-csv")
+    assert lines[0] == "run,feature,class,birth,peak,death,step,strength,beta,cosine"
+    assert len(lines) == 1 + 6 * 3
+    assert lines[1].startswith("r,")
+    assert ",0,1," in lines[1]
 
 
 def test_the_theme_is_followed(opened: Any) -> None:
