@@ -49,7 +49,7 @@ def bound_squares(dots: Any, norms: Any, share: float, lower: Any, upper: Any) -
 
 
 @compiled(reorder=False)
-def smallest(values: Any, k: int, stride: int) -> float:
+def smallest(values: Any, k: int, stride: int) -> Any:
     """The ``k``-th smallest of every ``stride``-th value; infinite if there are fewer."""
     heap = np.full(k, np.inf)
     for place in range(0, len(values), stride):
@@ -59,9 +59,9 @@ def smallest(values: Any, k: int, stride: int) -> float:
 
 
 @compiled(reorder=False)
-def at_most(values: Any, limit: float, found: Any) -> int:
+def at_most(values: Any, limit: float, found: Any) -> Any:
     """Write the places of the values up to ``limit`` to ``found`` (one longer than needed); their number."""
-    count = 0
+    count: Any = 0
     for place in range(len(values)):
         found[count] = place  # without a branch, which the processor would often guess wrong
         count += np.int64(values[place] <= limit)
