@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from analyzers.head_births import HEADS_FORM
 from flows.report.crowding import thinned
@@ -19,6 +21,8 @@ from tasks.training_log import ANALYZER
 
 Row = dict[str, Any]
 _PLACE = ["analyzer", "metric", "site", "layer", "head"]
+_TEXTS = ("analyzer", "metric", "site", "run", "note", "protocol")
+_COLUMNS = [*_PLACE, "run", "step", "tokens", "value", "n", "note", "protocol", "recorded_at"]
 _SEVERITIES = ("error", "warning", "note")
 # Values of single heads that a page still shows, about 2 MB: it is to stay small enough to mail.
 _MOST_HEAD_VALUES = 200_000
@@ -130,9 +134,7 @@ def collect(store: Store, series: str) -> ReportData:
     failures = sorted(rows("failures"), key=lambda row: (row["run"] or "", _or_minus(row["step"]), row["at"]))
     states = of_model("states")
     checkpoints = rows("checkpoints")
-    columns = [*_PLACE, "run", "step", "tokens", "value", "n", "note", "protocol", "recorded_at"]
-    metrics = store.table("metrics", series).to_arrow().select(columns).to_pandas()
-    metrics = metrics[metrics["step"].notna() & metrics["run"].notna()]
+    metrics = read_metrics(store, series)
     measured = metrics[metrics["analyzer"] != ANALYZER]
     metrics = _at_measured_steps(metrics, measured)
     runs = _runs(
@@ -146,7 +148,7 @@ def collect(store: Store, series: str) -> ReportData:
     return ReportData(
         series=series,
         runs=runs,
-        trajectories=_trajectories(shown[kept], runs),
+        trajectories=_trajectories(_plain(shown[kept]), runs),
         heads_left_out=crowded,
         layers_left_out=not kept.all(),
         measured={(str(run), int(step), str(a)) for run, step, a in done.itertuples(index=False)},
@@ -174,6 +176,34 @@ def collect(store: Store, series: str) -> ReportData:
     )
 
 
+def read_metrics(store: Store, series: str) -> pd.DataFrame:
+    """The columns of the table ``metrics`` that the page needs, of rows with a run and a step.
+
+    Texts are categories and runs are read one by one: a series of nine runs has 22 million rows.
+    """
+    folders = {PurePosixPath(path).parent for path in store.files("metrics", series)}
+    # Rows that were stored without a folder of their run may be of any run.
+    loose = any(folder.parent.name == "metrics" for folder in folders)
+    runs = [None] if loose else sorted(folder.name for folder in folders)
+    tables = []
+    for run in runs:
+        table = store.table("metrics", series, run).to_arrow().select(_COLUMNS)
+        for name in _TEXTS:
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, name, table[name].dictionary_encode())
+        tables.append(table)
+    if not tables:
+        tables.append(store.table("metrics", series).to_arrow().select(_COLUMNS))
+    metrics: pd.DataFrame = pa.concat_tables(tables).unify_dictionaries().to_pandas()
+    kept: pd.DataFrame = metrics[metrics["step"].notna() & metrics["run"].notna()]
+    return kept.reset_index(drop=True)
+
+
+def _plain(metrics: pd.DataFrame) -> pd.DataFrame:
+    """With texts as they are: groups of categories would be in the order of the categories."""
+    return metrics.astype(dict.fromkeys(_TEXTS, object))
+
+
 def _worth(metrics: pd.DataFrame, curves: Sequence[Row]) -> "pd.Series[bool]":
     """What a crowded page keeps: all that is not about a head, and the scores of heads that were born."""
     born = {
@@ -181,14 +211,19 @@ def _worth(metrics: pd.DataFrame, curves: Sequence[Row]) -> "pd.Series[bool]":
         for row in curves
         if row["form"] == HEADS_FORM and row["head"] is not None and row["peak_step"] is not None
     }
-    places = zip(metrics["metric"], metrics["layer"], metrics["head"], strict=True)
-    return metrics["head"].isna() | pd.Series([place in born for place in places], index=metrics.index)
+    kept = metrics["head"].isna()
+    near = metrics.loc[~kept & metrics["metric"].isin({metric for metric, _, _ in born})]
+    places = zip(near["metric"], near["layer"], near["head"], strict=True)
+    kept[near.index[[place in born for place in places]]] = True
+    return kept
 
 
 def _at_measured_steps(metrics: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     """Without what a training logged between checkpoints: all other lines would break at those steps."""
-    places = pd.MultiIndex.from_frame(measured[["run", "step"]])
-    return metrics[pd.MultiIndex.from_frame(metrics[["run", "step"]]).isin(places)]
+    logged = metrics[metrics["analyzer"] == ANALYZER]
+    places = pd.MultiIndex.from_frame(measured[["run", "step"]].drop_duplicates())
+    between = ~pd.MultiIndex.from_frame(logged[["run", "step"]]).isin(places)
+    return metrics.drop(index=logged.index[between])
 
 
 def read_json(text: str | None) -> dict[str, Any]:
@@ -312,7 +347,7 @@ def _protocols(metrics: pd.DataFrame) -> list[Protocol]:
 
 def _noted(metrics: pd.DataFrame) -> list[Row]:
     """Values that carry a note, or are absent, counted by metric and note."""
-    odd = metrics[metrics["note"].notna() | metrics["value"].isna()]
+    odd = _plain(metrics[metrics["note"].notna() | metrics["value"].isna()])
     if odd.empty:
         return []
     odd = odd.assign(note=odd["note"].fillna("no value, and no reason given"), absent=odd["value"].isna())

@@ -688,7 +688,7 @@
     themed();
   });
 
-  // `ontogeny report --format` waits for this, and reads the plots as pictures; crosscoder.js saves with it.
+  // `ontogeny report --format` waits for this, and reads the plots as pictures; other sections save with it.
   const show = (i) => {
     const t = data.trajectories[i];
     if (pickLine) pickLine.choose(t);

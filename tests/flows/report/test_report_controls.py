@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from report_pages import Elements, download, unpacked
+from report_pages import Elements, download, open_report, unpacked
 
 from analyzers.latent.training_map import Stay
 from analyzers.registry import load_all
@@ -272,6 +272,36 @@ def test_the_page_of_a_large_series_can_be_mailed(tmp_path: Path) -> None:
     share = len(page.encode()) - 2_100_000
     assert share > 0
     assert 2_100_000 + 9 * share <= 8_000_000
+
+
+@pytest.mark.long
+def test_nine_runs_of_24_layers_can_be_mailed_and_opened(browser: Any, tmp_path: Path) -> None:
+    """Nine runs x 154 checkpoints x 24 layers of 60 metrics, and of 2 metrics for each of 16 heads."""
+    store = Store(tmp_path)
+    rng = np.random.default_rng(1)
+    steps = [0, *(2**k for k in range(10)), *range(1000, 144_000, 1000)]
+    places: list[dict[str, object]] = [
+        {"metric": f"metric{m}", "layer": layer, "head": None} for m in range(60) for layer in range(24)
+    ]
+    places += [
+        {"metric": m, "layer": layer, "head": h} for m in "ab" for layer in range(24) for h in range(16)
+    ]
+    common = {"analyzer": "a", "protocol": "{}", "site": "resid_post", "n": 65536}
+    for run in range(9):
+        rows = [
+            {**common, **place, "step": step, "tokens": step * 2097152, "value": value}
+            for step in steps
+            for place, value in zip(places, rng.normal(size=len(places)), strict=True)
+        ]
+        store.write("metrics", rows, series="large", run=f"seed{run}", name="all")
+    page = render_report(store, "large")
+    assert len(page.encode()) <= 8_000_000
+    assert "the page shows some layers, evenly spaced" in page
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    tab = browser.new_page()
+    open_report(tab, tmp_path / "report.html")
+    assert tab.evaluate("document.getElementById('line-plot').data.length") == 9
+    tab.close()
 
 
 # ---- pictures
