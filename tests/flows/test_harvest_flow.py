@@ -50,11 +50,14 @@ def test_every_run_has_a_pool_of_its_own(undisturbed: Path) -> None:
 def test_several_devices_write_the_same_pool(
     undisturbed: Path, tiny_series: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    own = ("--steps", "8", "--set", "crosscoder.steps=8", "--set", "measure.devices=['cpu', 'cpu']")
+    own = ("--steps", "8", "--set", "crosscoder.steps='8'", "--set", "measure.devices=['cpu', 'cpu']")
     done = cli("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *LOSS, *own)
     assert done.returncode == 0, done.stderr
-    for run, pool in pools(tmp_path).items():
-        assert pool.snapshots == pools(undisturbed)[run].snapshots[-1:]
+    found, expected = pools(tmp_path), pools(undisturbed)
+    assert sorted(found) == ["seed0", "seed1"]
+    for run, pool in found.items():
+        (mine,), last = pool.snapshots, expected[run].snapshots[-1]
+        assert mine == last.model_copy(update={"recorded_at": mine.recorded_at})
 
 
 def test_a_second_call_and_its_dry_run_find_all_done(undisturbed: Path, tiny_series: Path, cli: Cli) -> None:
