@@ -117,7 +117,9 @@ _HAS = """(place) => {
 _PLOT = """async ([place, format, scale]) => {
   const plot = document.getElementById(place);
   await Plotly.relayout(plot, { paper_bgcolor: "#ffffff" });
-  return Plotly.toImage(plot, { format, scale, width: plot.clientWidth, height: plot.layout.height });
+  // While Plotly answers to a resize its layout has no size of its own.
+  const full = plot._fullLayout, width = plot.clientWidth || full.width, height = plot.layout.height || full.height;
+  return Plotly.toImage(plot, { format, scale, width, height });
 }"""
 
 # The drawing takes its colours from the page's style sheet, which goes with it.
