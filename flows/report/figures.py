@@ -100,6 +100,8 @@ def _chromium() -> str | None:
 def _picture(page: Any, place: str, kind: Format) -> bytes:
     if place == "map":
         if kind == "png":
+            wide: int = page.evaluate(_WIDE)
+            page.set_viewport_size({"width": max(wide, _WIDTH) + 100, "height": 900})
             raw: bytes = page.locator("svg.map").screenshot()
             return raw
         return str(page.evaluate(_MAP)).encode()
@@ -117,7 +119,18 @@ _HAS = """(place) => {
 _PLOT = """async ([place, format, scale]) => {
   const plot = document.getElementById(place);
   await Plotly.relayout(plot, { paper_bgcolor: "#ffffff" });
-  return Plotly.toImage(plot, { format, scale, width: plot.clientWidth, height: plot.layout.height });
+  // While Plotly answers to a resize its layout has no size of its own.
+  const full = plot._fullLayout, width = plot.clientWidth || full.width;
+  const height = plot.layout.height || full.height;
+  return Plotly.toImage(plot, { format, scale, width, height });
+}"""
+
+# A map wider than the page would be cut at the edge of its scroll area.
+_WIDE = """() => {
+  const map = document.querySelector("svg.map");
+  document.body.style.maxWidth = "none";
+  map.parentElement.style.overflow = "visible";
+  return Math.ceil(map.getBoundingClientRect().width);
 }"""
 
 # The drawing takes its colours from the page's style sheet, which goes with it.

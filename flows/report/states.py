@@ -166,6 +166,10 @@ def state_rows(data: ReportData) -> list[StateRow]:
         return []
     wanted = list(chosen["metrics"] or [])
     trajectories = {t.name: t for t in data.trajectories if t.name in set(wanted)}
+    for t in data.trajectories:  # in order of layer: the last one stays
+        name = f"{t.metric}[{t.site}.last]"
+        if name in wanted and t.layer is not None and t.head is None:
+            trajectories[name] = t
     at: dict[int, list[tuple[int, int]]] = {}
     for r, run in enumerate(data.runs):
         for i, state in enumerate(run.states):

@@ -126,6 +126,8 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
 
 def _both(row: StateRow, name: str) -> str:
     """The observed mean with its number of checkpoints, and the model's."""
+    if not row.frames[name] and row.model[name] is not None:
+        return _brief(row.model[name])  # a mean over layers is on no row of the table
     observed = f"{_brief(row.means[name])} ({row.frames[name]})"
     return f"{observed} · {_brief(row.model[name])}" if row.model[name] is not None else observed
 

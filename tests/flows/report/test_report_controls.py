@@ -322,6 +322,21 @@ def test_plots_as_png(report_store: Store, browser: Any) -> None:
         assert width > 1500
 
 
+def test_a_map_wider_than_the_page_is_drawn_whole(report_store: Store, browser: Any, tmp_path: Path) -> None:
+    shutil.copytree(report_store.root, tmp_path / "copy")
+    store = Store(tmp_path / "copy")
+    chosen = collect(store, "toy").chosen
+    assert chosen is not None
+    more = [{"model": chosen["model"], "step": 1500 + k, "state": 3 + k, "posterior": 1.0} for k in range(2)]
+    store.write("states", more, series="toy", run="seed1", name="more")
+    with ThreadPoolExecutor(1) as pool:
+        drawn = pool.submit(draw_figures, store, "toy", "png", ["map"]).result()
+    width, _ = struct.unpack(">II", drawn["map"][16:24])
+    assert width >= 3 * 0.8 * (5 * 188 + 4 * 104)  # five cards and the gaps between them
+    svg = ElementTree.fromstring(_drawn(store, "svg", ["map"])["map"])
+    assert "State 4" in "".join(svg.itertext())
+
+
 def test_plots_as_svg(report_store: Store, browser: Any) -> None:
     drawn = _drawn(report_store, "svg", ["map", "trajectories"], "loss")
     assert list(drawn) == ["map", "trajectories"]
