@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 from s3_support import SECRET, Bucket
 from threadpoolctl import threadpool_limits
@@ -17,6 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 install_import_hook("analyzers", "beartype.beartype")
+# On a busy machine, or at a first import, an example takes long: that says nothing of the code.
+settings.register_profile("patient", settings(), deadline=None, suppress_health_check=(HealthCheck.too_slow,))
+settings.load_profile("patient")
 
 VOCABULARY = 257
 
