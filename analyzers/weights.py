@@ -7,6 +7,7 @@ it). docs/weights.md is the method page.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import isfinite
 
 from pydantic import Field
@@ -58,59 +59,67 @@ class WeightsAnalyzer(WeightAnalyzer):
     parameters_type = WeightsParameters
     parameters: WeightsParameters
     metrics = (
-        Metric("l1", "sum |w|", "weight", ">= 0", _HU),
-        Metric("l2", "Frobenius norm", "weight", ">= 0", _HU),
-        Metric("l1_over_l2", "l1 / l2", "1", "1 to sqrt(entries)", _HU),
-        Metric("trace", "sum of the main diagonal", "weight", "real", _HU),
-        Metric("spectral_norm", "largest singular value", "weight", ">= 0", _HU),
-        Metric("trace_over_spectral_norm", "trace / spectral_norm", "1", "-rank to rank", _HU),
-        Metric("singular_mean", "mean of the singular values", "weight", ">= 0", _HU),
-        Metric("singular_var", "population variance of the singular values", "weight^2", ">= 0", _HU),
-        Metric(
-            "stable_rank",
-            "l2^2 / spectral_norm^2",
-            "1",
-            "1 to rank",
-            "Rudelson and Vershynin 2007, arXiv math/0503442",
+        *(
+            replace(metric, formula=f"{metric.formula}; whole model: mean over matrices")
+            for metric in (
+                Metric("l1", "sum |w|", "weight", ">= 0", _HU),
+                Metric("l2", "Frobenius norm", "weight", ">= 0", _HU),
+                Metric("l1_over_l2", "l1 / l2", "1", "1 to sqrt(entries)", _HU),
+                Metric("trace", "sum of the main diagonal", "weight", "real", _HU),
+                Metric("spectral_norm", "largest singular value", "weight", ">= 0", _HU),
+                Metric("trace_over_spectral_norm", "trace / spectral_norm", "1", "-rank to rank", _HU),
+                Metric("singular_mean", "mean of the singular values", "weight", ">= 0", _HU),
+                Metric("singular_var", "population variance of the singular values", "weight^2", ">= 0", _HU),
+                Metric(
+                    "stable_rank",
+                    "l2^2 / spectral_norm^2",
+                    "1",
+                    "1 to rank",
+                    "Rudelson and Vershynin 2007, arXiv math/0503442",
+                ),
+                Metric(
+                    "effective_rank",
+                    "exp(-sum p ln p), p = sigma / sum sigma, of the singular values",
+                    "1",
+                    "1 to rank",
+                    "Roy and Vetterli 2007",
+                ),
+                Metric(
+                    "weight_alpha",
+                    "1 + n / sum ln(lambda / xmin) over the n eigenvalues lambda >= xmin of W^T W; "
+                    "n is in column n",
+                    "1",
+                    "> 1",
+                    _CLAUSET,
+                ),
+                Metric(
+                    "weight_alpha_ks",
+                    "max |F_fit - F| over those eigenvalues, F(lambda) the share of them below lambda",
+                    "1",
+                    "0 to 1",
+                    _CLAUSET,
+                ),
+                Metric(
+                    "weight_alpha_xmin",
+                    "the eigenvalue that makes weight_alpha_ks least",
+                    "weight^2",
+                    "> 0",
+                    _CLAUSET,
+                ),
+                Metric(
+                    "gg_shape",
+                    "b of the density ~ exp(-(abs(w - mean) / s)^b): "
+                    "Gamma(1/b) Gamma(3/b) / Gamma(2/b)^2 = var / (mean abs deviation)^2",
+                    "1",
+                    "0.1 to 100; 1 Laplace, 2 Gaussian",
+                    _GG,
+                ),
+                Metric(
+                    "gg_scale", "s of that density: sqrt(var Gamma(1/b) / Gamma(3/b))", "weight", "> 0", _GG
+                ),
+                Metric("weight_kurtosis", "E (w - mean)^4 / var^2 - 3", "1", ">= -2", "definition"),
+            )
         ),
-        Metric(
-            "effective_rank",
-            "exp(-sum p ln p), p = sigma / sum sigma, of the singular values",
-            "1",
-            "1 to rank",
-            "Roy and Vetterli 2007",
-        ),
-        Metric(
-            "weight_alpha",
-            "1 + n / sum ln(lambda / xmin) over the n eigenvalues lambda >= xmin of W^T W; n is in column n",
-            "1",
-            "> 1",
-            _CLAUSET,
-        ),
-        Metric(
-            "weight_alpha_ks",
-            "max |F_fit - F| over those eigenvalues, F(lambda) the share of them below lambda",
-            "1",
-            "0 to 1",
-            _CLAUSET,
-        ),
-        Metric(
-            "weight_alpha_xmin",
-            "the eigenvalue that makes weight_alpha_ks least",
-            "weight^2",
-            "> 0",
-            _CLAUSET,
-        ),
-        Metric(
-            "gg_shape",
-            "b of the density ~ exp(-(abs(w - mean) / s)^b): "
-            "Gamma(1/b) Gamma(3/b) / Gamma(2/b)^2 = var / (mean abs deviation)^2",
-            "1",
-            "0.1 to 100; 1 Laplace, 2 Gaussian",
-            _GG,
-        ),
-        Metric("gg_scale", "s of that density: sqrt(var Gamma(1/b) / Gamma(3/b))", "weight", "> 0", _GG),
-        Metric("weight_kurtosis", "E (w - mean)^4 / var^2 - 3", "1", ">= -2", "definition"),
         Metric("weight_mean", "mean over all measured weights", "weight", "real", _HU),
         Metric("weight_median", "lower median over all measured weights", "weight", "real", _HU),
         Metric("weight_var", "population variance over all measured weights", "weight^2", ">= 0", _HU),

@@ -101,6 +101,7 @@ def describe_choice(models: list[Row], chosen: Row) -> str:
         return (
             f"{among}: the largest number on which fits from other random starts agree (adjusted Rand index "
             f"{chosen['ari']:.2f} of 1, {AGREEMENT} is the least) and that still improves the fit (BIC)."
+            + _otherwise(models, chosen)
         )
     score, what = _scored_by(models, chosen)
     scored = [row for row in models if row[score] is not None]
@@ -112,6 +113,13 @@ def describe_choice(models: list[Row], chosen: Row) -> str:
     if best == k:
         return f"{among}: they give the {superlative} {what}."
     return f"{among}, though {best} give the {superlative} {what}."
+
+
+def _otherwise(models: list[Row], chosen: Row) -> str:
+    """What held-out runs alone would have chosen, where that is another number."""
+    scored = [row for row in models if row["heldout"] is not None]
+    best = min(scored, key=lambda row: row["heldout"])["k"] if scored else chosen["k"]
+    return "" if best == chosen["k"] else f" BIC on {_held_out(chosen)} alone would choose {best}."
 
 
 def _scored_by(models: list[Row], chosen: Row) -> tuple[str, str]:

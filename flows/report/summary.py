@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from analyzers.latent.training_map import Stay
 from flows.report import phases, states
-from flows.report.data import ReportData, Row
+from flows.report.data import ReportData, Row, read_json
 from flows.report.stages import stages
 from flows.report.text import join, number, plural, sentence, tokens
 from flows.report.words import in_words
@@ -85,7 +85,22 @@ def _measured(data: ReportData) -> Point:
         )
     )
     headline = f"{plural(len(runs), 'run')}, {plural(len(done), 'checkpoint')}"
-    return Point(title, headline, sentences, section)
+    return Point(title, headline, [*_subject(data), *sentences], section)
+
+
+def _subject(data: ReportData) -> list[str]:
+    """What was studied and on which text, of the newest configuration that says so."""
+    configs = [read_json(row["config"]) for row in data.provenance]
+    config = next((each for each in configs if isinstance(each.get("probe"), dict)), {})
+    said = [sentence(str(config["title"]))] if config.get("title") else []
+    # Imported metrics have no probe, whatever the configuration of a later fit says of one.
+    if config and any(protocol.fields.get("probe") for protocol in data.protocols):
+        probe = config["probe"]
+        text = probe.get("text")
+        source = f"the text {text}" if text else "the text that comes with ontogeny"
+        size = f"{number(probe.get('sequences'))} sequences of {number(probe.get('length'))} tokens"
+        said.append(f"All read the same tokens: up to {size} of {source}.")
+    return said
 
 
 def _states(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
@@ -148,19 +163,35 @@ def _null(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
         short = "Whether they are more than smooth drift was not tested."
         return Point(title, "Not tested", [text], section, alarming=True, short=short)
     explained = data.nulls[0]["explained"]
-    headline = {True: "No: smooth curves do as well", False: "Yes", None: "Open"}[explained]
+    headline = {True: "No: smooth curves do as well", False: "Yes, by the fit", None: "Open"}[explained]
     short = {
         True: "Smooth curves without phases fit as well, so they are no evidence of phases.",
-        False: "They are more than smooth drift.",
+        False: "They fit the runs better than smooth drift would.",
         None: "Whether they are more than smooth drift is open.",
     }[explained]
     plain = {
-        True: "Made-up runs that follow smooth curves, without phases, suit the same model as well:",
-        False: "Made-up runs that follow smooth curves, without phases, suit the same model clearly worse:",
-        None: "The test against made-up runs that follow smooth curves, without phases, does not decide:",
+        True: "Made-up runs that follow smooth curves, without phases, suit the same model as well.",
+        False: "Made-up runs that follow smooth curves, without phases, suit the same model clearly worse.",
+        None: "The test against made-up runs that follow smooth curves, without phases, does not decide.",
     }[explained]
     lines = [plain, *(row["sentence"] for row in data.nulls)]
+    lines += [said for row in data.nulls for said in _cut_alike(row)]
     return Point(title, headline, lines, section, alarming=explained is not False, short=short)
+
+
+def _cut_alike(row: Row) -> list[str]:
+    """What smooth runs look like after the same cutting: neither number nor order of phases is evidence."""
+    cut, alike = [k for k in row["surrogate_rule_ks"] or [] if k], row["same_map"]
+    said = []
+    if cut:
+        span = number(min(cut)) if min(cut) == max(cut) else f"{number(min(cut))} to {number(max(cut))}"
+        said.append(f"By the same rule the made-up runs are cut into {span} phases too.")
+    if alike:
+        said.append(
+            f"{number(alike)} of {number(row['surrogates'])} of them show the same transitions: the order of "
+            "the phases alone is no evidence."
+        )
+    return said
 
 
 def _odd(walks: dict[str, list[Stay]]) -> Point:

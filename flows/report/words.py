@@ -8,20 +8,22 @@ PLAIN = {
     "rankme": "effective rank of the activations, uncentred",
     "alpha_req": "steepness of the activations' spectrum",
     "top1_over_median": "largest activation over the median one",
-    "l1": "sum of the weights' magnitudes",
-    "l2": "norm of the weights",
-    "l1_over_l2": "spread of the weights' magnitudes",
-    "spectral_norm": "largest singular value of the weights",
+    "l1": "sum of a weight matrix's magnitudes",
+    "l2": "norm of a weight matrix",
+    "l1_over_l2": "spread of a weight matrix's magnitudes",
+    "spectral_norm": "largest singular value of a weight matrix",
     "weight_var": "variance of the weights",
     "weight_mean": "mean of the weights",
-    "stable_rank": "stable rank of the weights",
-    "effective_rank": "effective rank of the weights",
+    "stable_rank": "stable rank of a weight matrix",
+    "effective_rank": "effective rank of a weight matrix",
     "attention_entropy": "spread of attention",
     "prefix_matching": "induction score",
     "repeat_previous_token": "previous-token score",
     "sink_mass_0": "attention to the first token",
     "local_dimension_mean": "local dimension of the activations",
 }
+# Without a place their value is a mean over matrices, and not that of all weights together.
+_OF_A_MATRIX = {"l1", "l2", "l1_over_l2", "spectral_norm", "stable_rank", "effective_rank"}
 _NAME = re.compile(r"(?P<metric>[^\[]+)(\[(?P<site>[\w.]+?)(\.(?P<layer>\d+|last|mean|min|max))?\])?")
 _OVER = {"mean": "mean", "min": "least", "max": "largest"}
 
@@ -35,6 +37,8 @@ def in_words(name: str) -> str | None:
     plain = PLAIN.get(found["metric"]) if found else None
     if found is None or plain is None:
         return None
+    if found["site"] is None and found["metric"] in _OF_A_MATRIX:
+        return f"{plain} (mean over the matrices)"
     place = _place(found["site"], found["layer"])
     return f"{plain} {place}" if place else plain
 

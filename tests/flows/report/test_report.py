@@ -80,7 +80,7 @@ def test_summary_says_what_is_known(report_store: Store) -> None:
             "Phase 2 gives way to 1 at step 800 in seed3.",
         ],
         "Are the phases more than smooth drift?": [
-            "The test against made-up runs that follow smooth curves, without phases, does not decide:",
+            "The test against made-up runs that follow smooth curves, without phases, does not decide.",
             "Smooth <b>curves</b> do as well (gap +0.1).",
         ],
         "Does the representation collapse and expand?": [

@@ -21,7 +21,7 @@ from flows.report.data import Run, Trajectory, collect
 from flows.report.figures import draw_figures
 from flows.report.pack import pack_values
 from flows.report.stages import stages
-from flows.report.states import paths
+from flows.report.states import describe_choice, paths
 from flows.report.summary import in_short, summarize
 from flows.report.words import PLAIN, in_words
 from storage import Store, UsageError
@@ -185,7 +185,9 @@ def test_what_moves_most_comes_first(report_store: Store, tmp_path: Path) -> Non
             "top1_over_median[resid_post.mean]",
             "largest activation over the median one (mean over the blocks)",
         ),
-        ("l2[attention.query.2]", "norm of the weights at attention.query of block 2"),
+        ("l2", "norm of a weight matrix (mean over the matrices)"),
+        ("l2[attention.query.2]", "norm of a weight matrix at attention.query of block 2"),
+        ("weight_var", "variance of the weights"),
         ("nobody_knows[resid_post.1]", None),
     ],
 )
@@ -215,12 +217,31 @@ def test_the_summary_says_whether_smooth_curves_do_as_well(report_store: Store, 
     chosen = collect(store, "toy").chosen
     assert chosen is not None
     model = chosen["model"]
-    for explained, told in ((True, ("No: smooth curves do as well", True)), (False, ("Yes", False))):
+    for explained, told in (
+        (True, ("No: smooth curves do as well", True)),
+        (False, ("Yes, by the fit", False)),
+    ):
         row = {"model": model, "sentence": "s", "explained": explained, "notes": []}
         store.write("nulls", [row], series="toy", name=model)
         assert point(store) == told
+    alike = {"surrogate_rule_ks": [3, 4], "surrogates": 10, "same_map": 9}
+    store.write("nulls", [{**row, **alike}], series="toy", name=model)
+    (answer,) = [each for each in summarize(collect(store, "toy")) if "drift" in each.title]
+    assert answer.sentences[-2:] == [
+        "By the same rule the made-up runs are cut into 3 to 4 phases too.",
+        "9 of 10 of them show the same transitions: the order of the phases alone is no evidence.",
+    ]
     store.write("nulls", [], series="toy", name=model)
     assert point(store) == ("Not tested", True)
+
+
+def test_what_held_out_runs_alone_would_choose_is_said() -> None:
+    rows = [
+        {"k": k, "rule": "agreement", "ari": 1.0, "heldout": bic, "heldout_runs": ["seed2"]}
+        for k, bic in ((3, 120.0), (4, 87.1), (5, 119.8))
+    ]
+    assert describe_choice(rows, rows[2]).endswith("BIC on held-out seed2 alone would choose 4.")
+    assert describe_choice(rows, rows[1]).endswith("still improves the fit (BIC).")
 
 
 def test_packing_keeps_five_digits_and_gaps() -> None:
