@@ -16,6 +16,7 @@ def test_both_sides_measure_the_same_checkpoints() -> None:
     assert line.ratio == pytest.approx(line.seconds["ours"].median / line.seconds["against"].median)
 
 
+@pytest.mark.long
 def test_all_checkpoints_of_a_queue_are_measured_and_the_server_goes_on() -> None:
     """Small here; ``python -m benchmarks queue`` has a thousand."""
     lines = list(queue.run(queue.Shape(checkpoints=12, waiting=5)))

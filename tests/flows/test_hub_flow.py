@@ -324,6 +324,7 @@ main()
 """
 
 
+@pytest.mark.long
 def test_kill_in_every_few_writes_until_done_equals_undisturbed(
     from_folder: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -351,6 +352,7 @@ def test_kill_in_every_few_writes_until_done_equals_undisturbed(
     assert_frame_equal(*catalogues)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_checkpoints(
     tiny_series: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -113,7 +113,7 @@ def test_dry_run_says_what_is_missing(undisturbed: Path, tiny_series: Path, cli:
     assert "weights" not in done.stdout.replace("of weights to read", "")
 
 
-@pytest.mark.parametrize("passes", [1, 7])
+@pytest.mark.parametrize("passes", [1, pytest.param(7, marks=pytest.mark.long)])
 def test_kill_then_again_equals_undisturbed(
     passes: int, undisturbed: Path, tiny_series: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

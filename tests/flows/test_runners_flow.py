@@ -164,7 +164,9 @@ def control_c(flow: int) -> None:
     os.killpg(flow, signal.SIGINT)
 
 
-@pytest.mark.parametrize("end", [killed, interrupted, control_c])
+@pytest.mark.parametrize(
+    "end", [killed, *(pytest.param(end, marks=pytest.mark.long) for end in (interrupted, control_c))]
+)
 def test_workers_end_with_the_flow_and_the_next_call_equals_one_undisturbed(
     end: Callable[[int], None],
     alone: Path,

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flow_support import TINY, Cli
 
 from flows.config import resolve
@@ -93,6 +94,7 @@ def test_task_runs_are_one_per_checkpoint(
     assert names == expected
 
 
+@pytest.mark.long
 def test_study_without_a_server(tiny_series: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """No API is configured: Prefect runs its own for the time of the call."""
     small = ("--set", "states.fit.k_max=2", "--set", "states.trajectories=['loss', 'l2']")

@@ -107,7 +107,7 @@ def test_a_hub_gives_the_rows_of_the_folder(
     """The same files behind ``source.kind = "hub"``: the mirror serves weights.pt, the loader reads them."""
     config = from_toml(example["toml"], "mine.toml")
     served = config.source.model_dump() | {"kind": "hub", "repos": {"seed0": "me/my-model"}}
-    del served["path"]
+    del served["path"], served["made_by"]
     there = config.model_copy(update={"source": HubSource.model_validate(served)})
     rows = {}
     with Mirror({"me/my-model": here / "my_runs" / "seed0"}) as mirror:
