@@ -1,14 +1,15 @@
 """First and second moments of activations: one float64 pass, mergeable, for whatever needs a covariance."""
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from scipy.linalg.blas import dsyrk
+from numba.extending import get_cython_function_address
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
@@ -32,6 +33,15 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+@cache
+def _dsyrk() -> Callable[..., None]:
+    """BLAS's ``C <- alpha A A^T + beta C`` without the interpreter's lock, which scipy's own call holds."""
+    string, pointer = ctypes.c_char_p, ctypes.c_void_p
+    kind: Any = ctypes.CFUNCTYPE(None, string, string, *[pointer] * 8)
+    call: Callable[..., None] = kind(get_cython_function_address("scipy.linalg.cython_blas", "dsyrk"))
+    return call
+
+
 @contextmanager
 def _serial(width: int) -> Iterator[bool]:
     """Within it BLAS has one thread if rows are narrow; whether they are."""
@@ -45,8 +55,12 @@ def _add_product(scatter: Float[Tensor, "width width"], rows: Float[Tensor, "row
     if scatter.device.type != "cpu":
         scatter.addmm_(rows.T, rows)
         return
+    for matrix in (scatter, rows):
+        assert matrix.dtype == torch.float64 and matrix.is_contiguous()  # BLAS reads plain memory
+    width, count = ctypes.byref(ctypes.c_int(len(scatter))), ctypes.byref(ctypes.c_int(len(rows)))
+    one = ctypes.byref(ctypes.c_double(1.0))
     # Fortran's lower triangle is C's upper one.
-    dsyrk(1.0, rows.numpy().T, beta=1.0, c=scatter.numpy().T, lower=1, overwrite_c=1)
+    _dsyrk()(b"L", b"N", width, count, one, rows.data_ptr(), width, one, scatter.data_ptr(), width)
 
 
 def _copy(rows: Float[Tensor, "rows width"], into: Float[Tensor, "rows width"]) -> None:
