@@ -56,7 +56,8 @@ def _add_product(scatter: Float[Tensor, "width width"], rows: Float[Tensor, "row
         scatter.addmm_(rows.T, rows)
         return
     for matrix in (scatter, rows):
-        assert matrix.dtype == torch.float64 and matrix.is_contiguous()  # BLAS reads plain memory
+        assert matrix.dtype == torch.float64  # BLAS reads plain memory
+        assert matrix.is_contiguous()
     width, count = ctypes.byref(ctypes.c_int(len(scatter))), ctypes.byref(ctypes.c_int(len(rows)))
     one = ctypes.byref(ctypes.c_double(1.0))
     # Fortran's lower triangle is C's upper one.
