@@ -135,7 +135,7 @@ def test_phases_with_steps_and_what_changes(report_store: Store) -> None:
     assert second.entered == "step 32 (32 to 64), 65.5 k tokens"
     assert [(change.plain, change.move, change.origin) for change in second.changes] == [
         ("loss", "falls by 0.75", None),
-        ("norm of the weights", "rises by 1.5 standard deviations", None),
+        ("norm of a weight matrix (mean over the matrices)", "rises by 1.5 standard deviations", None),
     ]
     assert (third.entered, third.runs, third.total) == ("step 512, 1.05 M tokens", ["seed3"], 3)
 
