@@ -26,6 +26,11 @@ def compiled(*, reorder: bool) -> Callable[[Callable[..., Any]], Any]:
     return lambda function: njit(nogil=True, cache=True, fastmath=fast)(inspect.unwrap(function))
 
 
+def equal_cuts(count: int, parts: int) -> list[int]:
+    """Cuts of ``range(count)`` into ``parts`` whose sizes differ by 1 at most."""
+    return [count * part // parts for part in range(parts + 1)]
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="loops")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from analyzers.loops import over_ranges
+from analyzers.loops import equal_cuts, over_ranges
 from analyzers.neighbour_loops import nearest_of_block, two_nearest_inside
 
 # Numbers in one block of work: 8 MB in float32.
@@ -55,6 +55,7 @@ def nearest(
     distance = torch.empty(n, k, dtype=torch.float64)
     index = torch.empty(n, k, dtype=torch.int64)
     filled = distance.numpy(), index.numpy()
+    threads = torch.get_num_threads()  # rows are worked on one by one, whatever the parts
     share, floor = (width + 16) * _UNIT, width * _TINY
     for start in range(0, n, max(1, block // n)):
         dots = (points[start : start + max(1, block // n)] @ points.T).numpy()
@@ -62,7 +63,7 @@ def nearest(
         def fill(first: int, last: int, start: int = start, dots: Any = dots) -> None:
             nearest_of_block(exact, dots[first:last], norms, start + first, share, floor, *filled)
 
-        over_ranges(fill, _shares(len(dots)))
+        over_ranges(fill, equal_cuts(len(dots), threads))
     return distance, index
 
 
@@ -85,14 +86,8 @@ def two_nearest(
         computed: int = two_nearest_inside(exact, *lists, start, one[start:end], two[start:end])
         return computed
 
-    return first, second, sum(over_ranges(fill, _shares(len(rows))))
+    return first, second, sum(over_ranges(fill, equal_cuts(len(rows), torch.get_num_threads())))
 
 
 def _contiguous(values: Tensor) -> Any:
     return values.contiguous().numpy()
-
-
-def _shares(count: int) -> list[int]:
-    """Cuts of ``range(count)`` into a part per thread. Rows are worked on one by one, whatever the parts."""
-    threads = torch.get_num_threads()
-    return [count * part // threads for part in range(threads + 1)]

@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from analyzers.crosscoder.kernels import Pairs
-from analyzers.loops import compiled, over_ranges
+from analyzers.loops import compiled, equal_cuts, over_ranges
 
 _CHUNKS_PER_THREAD = 4
 _STRETCH = 32
@@ -32,7 +32,7 @@ class Compiled:
         """See ``kernels.Kernels``."""
         dense = before.numpy(), factor.numpy(), least.numpy()
         counts = np.empty(before.shape[0], dtype=np.int64)
-        cuts = _equal(len(counts), _CHUNKS_PER_THREAD * torch.get_num_threads())
+        cuts = equal_cuts(len(counts), _CHUNKS_PER_THREAD * torch.get_num_threads())
         over_ranges(lambda begin, end: _count_over(*dense, counts, begin, end), cuts)
         ends = counts.cumsum()
         row, latent = np.empty((2, int(ends[-1])), dtype=np.int64)
@@ -82,13 +82,9 @@ class Compiled:
         sums, squares = np.zeros((2, rows.shape[1]))
         table = rows.numpy()
         # Blocks of columns that stay in the cache between the two passes over them.
-        cuts = _equal(rows.shape[1], -(-rows.numel() // _CACHED))
+        cuts = equal_cuts(rows.shape[1], -(-rows.numel() // _CACHED))
         over_ranges(lambda begin, end: _columns(table, sums, squares, begin, end), cuts)
         return torch.from_numpy(sums), torch.from_numpy(squares)
-
-
-def _equal(length: int, parts: int) -> list[int]:
-    return [int(each) for each in np.linspace(0, length, parts + 1)]
 
 
 @compiled(reorder=True)
