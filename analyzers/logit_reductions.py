@@ -1,14 +1,85 @@
 """The reduction of the output logits: loss, log Z, largest logit and RMS, in one reading of them."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from analyzers.loops import compiled, equal_cuts, over_ranges
 from analyzers.reductions import Batch, real
+from analyzers.single_floats import exponential, largest
 
 _POSITIONS = 64
+_SUMMED = 1024
+"""Numbers added in float32 before the sum goes on in float64."""
+
+
+def position_statistics(
+    logits: Float[Tensor, "n vocabulary"], targets: Int64[Tensor, "n"]
+) -> Float64[Tensor, "4 n"]:
+    """Of every position: ``log Z - z_target``, ``log Z = ln sum exp z``, mean of ``z^2``, largest ``z``.
+
+    On a processor a compiled loop reads a position's logits while they are in the cache. Elsewhere torch's
+    operations do it a few positions at a time, and ``log Z`` is the target's logit plus its loss, so that
+    the softmax of the loss serves both.
+    """
+    if logits.device.type == "cpu" and logits.dtype != torch.float64:
+        return _in_the_cache(logits, targets)
+    found = []
+    for part, target in zip(logits.split(_POSITIONS), targets.split(_POSITIONS), strict=True):  # type: ignore[no-untyped-call]
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        loss = torch.nn.functional.cross_entropy(wide, target, reduction="none").double()
+        log_z = wide.gather(1, target[:, None]).squeeze(1).double() + loss
+        square = torch.linalg.vector_norm(wide, dim=1).double().square() / wide.shape[1]
+        found.append(torch.stack([loss, log_z, square, wide.amax(1).double()]))
+    return torch.cat(found, dim=1).cpu()
+
+
+def _in_the_cache(
+    logits: Float[Tensor, "n vocabulary"], targets: Int64[Tensor, "n"]
+) -> Float64[Tensor, "4 n"]:
+    found = torch.empty(4, len(logits), dtype=torch.float64)
+    filled, chosen = found.numpy(), targets.numpy()
+
+    def work(start: int, end: int) -> None:
+        for first in range(start, end, _POSITIONS):  # 16 bits are widened so many at a time
+            part = slice(first, min(first + _POSITIONS, end))
+            wide = logits[part].float().contiguous().numpy()
+            _sweep(wide, wide.view(np.int32), chosen[part], filled[:, part])
+
+    over_ranges(work, equal_cuts(len(logits), torch.get_num_threads()))
+    return found
+
+
+@compiled(reorder=True)
+def _sums(row: Any, maximum: Any) -> Any:
+    """``sum exp (z - maximum)`` and ``sum z^2`` of some logits, in float32."""
+    total, square = np.float32(0), np.float32(0)
+    for place in range(len(row)):
+        total += exponential(row[place] - maximum)
+        square += row[place] * row[place]
+    return total, square
+
+
+@compiled(reorder=False)
+def _sweep(rows: Any, bits: Any, targets: Any, found: Any) -> None:
+    """Fill ``found`` for some positions; ``bits`` are those of the same logits."""
+    vocabulary = rows.shape[1]
+    for place in range(len(rows)):
+        maximum = largest(bits[place])
+        total, square = 0.0, 0.0
+        for first in range(0, vocabulary, _SUMMED):
+            part = _sums(rows[place, first : first + _SUMMED], maximum)
+            total += np.float64(part[0])
+            square += np.float64(part[1])
+        log_z = np.log(total) + np.float64(maximum)
+        found[0, place] = log_z - np.float64(rows[place, targets[place]])
+        found[1, place] = log_z
+        found[2, place] = square / vocabulary
+        found[3, place] = maximum
 
 
 class LogitsState:
@@ -36,12 +107,7 @@ class LogitsState:
         return float(self.losses.sum())
 
     def update(self, values: Float[Tensor, "batch time vocabulary"], batch: Batch) -> None:
-        """Take the logits of a batch in.
-
-        A few positions at a time: no second copy of all logits arises, and what a processor works on stays in
-        its cache (a quarter of the time at a vocabulary of 50304). ``log Z`` is the target's logit plus its
-        loss, so the softmax of the loss serves both.
-        """
+        """Take the logits of a batch in, a sequence at a time: no second copy of them all arises."""
         kept = real(batch)
         for logits, tokens, mask in zip(values, batch.tokens, kept, strict=True):
             (places,) = mask.nonzero(as_tuple=True)
@@ -51,16 +117,7 @@ class LogitsState:
             self._take(logits[first:last], tokens[first + 1 : last + 1].to(values.device))
 
     def _take(self, logits: Float[Tensor, "n vocabulary"], targets: Int64[Tensor, "n"]) -> None:
-        found = []
-        for part, target in zip(
-            torch.split(logits, _POSITIONS), torch.split(targets, _POSITIONS), strict=True
-        ):
-            wide = part.to(torch.promote_types(part.dtype, torch.float32))
-            loss = torch.nn.functional.cross_entropy(wide, target, reduction="none").double()
-            log_z = wide.gather(1, target[:, None]).squeeze(1).double() + loss
-            square = torch.linalg.vector_norm(wide, dim=1).double().square() / wide.shape[1]
-            found.append(torch.stack([loss, log_z, square, wide.amax(1).double()]))
-        loss, log_z, square, largest = torch.cat(found, dim=1).cpu()
+        loss, log_z, square, largest = position_statistics(logits, targets)
         self._resize(len(loss) + 1)
         self.losses[1 : len(loss) + 1] += loss
         self.counts[1 : len(loss) + 1] += 1

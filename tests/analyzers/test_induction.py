@@ -17,6 +17,7 @@ from analyzers.induction import InductionAnalyzer, births
 from analyzers.reductions import Batch
 from analyzers.repeats import Band, BandsSpec, BandsState, RepeatedTokens
 from analyzers.runner import batches, run_pass
+from analyzers.softmax import RowStatistics
 
 N, TOKENS, POSITIONS = 8, 20, 20
 HEAD = 30
@@ -185,8 +186,8 @@ def test_small_blocks_and_padding_change_nothing() -> None:
         state = BandsSpec(0, bands).create()
         for first in range(0, 10, size):
             p = a[:, :, first : first + size, : min(10, first + size)]
-            zeros = torch.zeros(p.shape[:3], dtype=p.dtype)
-            block = QueryBlock(p, p, zeros, zeros, p[:, 0] > 0, first, 0, first + size >= 10)
+            unread = RowStatistics(*torch.zeros(3, *p.shape[:3], dtype=p.dtype))
+            block = QueryBlock(p, unread, p[:, 0] > 0, first, 0, first + size >= 10)
             state.update(block, Batch(tokens, torch.arange(2), mask))
         return state
 
