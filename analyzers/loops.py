@@ -23,7 +23,9 @@ def compiled(*, reorder: bool) -> Callable[[Callable[..., Any]], Any]:
             where the processor has it. Not-a-number stays what it is, so that faults show.
     """
     fast = {"reassoc", "contract", "nsz"} if reorder else {"contract"}
-    return lambda function: njit(nogil=True, cache=True, fastmath=fast)(inspect.unwrap(function))
+    # Division by zero as in numpy: a test for it at every step would keep a loop from vector instructions.
+    options = {"nogil": True, "cache": True, "fastmath": fast, "error_model": "numpy"}
+    return lambda function: njit(**options)(inspect.unwrap(function))
 
 
 def equal_cuts(count: int, parts: int) -> list[int]:
