@@ -7,7 +7,7 @@ import numpy as np
 from analyzers.loops import compiled
 from analyzers.single_floats import ordered
 
-SAMPLE = 512
+SAMPLE = 256
 """Bounds of a row that a guess is made from."""
 GENEROUS = 1.4
 """By how much the guess's share of the rows is more than that of the neighbours sought."""
@@ -24,11 +24,11 @@ def squared_distance(one: Any, other: Any) -> Any:
 
 
 @compiled(reorder=False)
-def smallest(values: Any, k: int) -> Any:
-    """The ``k``-th smallest of float32 values, none of them NaN; infinite if there are fewer.
+def limit_of_smallest(values: Any, k: int) -> Any:
+    """A number that the ``k`` smallest float32 values do not exceed, and others only if equal to them.
 
-    By halving the range of their ordered bits: 32 counts, each a vector operation, take a fifth of the time
-    of a heap, whose every step is a branch that the processor guesses wrong.
+    Infinite if there are fewer. No value is NaN. The range of their ordered bits is halved until it is found:
+    each count is a vector operation, where every step of a heap is a branch that the processor guesses.
     """
     if k > len(values):
         return np.float32(np.inf)
@@ -36,7 +36,7 @@ def smallest(values: Any, k: int) -> Any:
     bits = values.view(np.int32)
     for place in range(len(values)):
         places[place] = ordered(bits[place])
-    low, high = np.int64(-(2**31)), np.int64(2**31 - 1)
+    low, high = np.int64(-(2**31)), np.int64(0x7F800000)  # infinity
     while low < high:
         middle = (low + high) >> 1
         limit, count = np.int32(middle), np.int32(0)
@@ -46,6 +46,8 @@ def smallest(values: Any, k: int) -> Any:
             high = middle
         else:
             low = middle + 1
+        if count == k:
+            break
     return np.int32(ordered(np.int32(high))).view(np.float32)
 
 
@@ -90,7 +92,7 @@ def nearest_of_block(
         for other in range(0, n, stride):
             near[count] = high[other] - np.float32(2) * dot[other]
             count += 1
-        guess = smallest(near[:count], sampled)
+        guess = limit_of_smallest(near[:count], sampled)
         while True:
             count = not_above(dot, low, guess + slack, found)
             bounded = np.int64(0)
@@ -102,7 +104,7 @@ def nearest_of_block(
             if bounded >= k:
                 break
             guess = np.float32(np.inf)
-        limit = smallest(near[:bounded], k) + slack
+        limit = limit_of_smallest(near[:bounded], k) + slack
         square, wide = np.empty(count), rows[row].astype(np.float64)
         kept = np.int64(0)
         for place in range(count):
@@ -115,6 +117,18 @@ def nearest_of_block(
         for place in range(k):
             distance[row, place] = np.sqrt(square[order[place]])
             index[row, place] = found[order[place]]
+
+
+@compiled(reorder=True)
+def centred(rows: Any, mean: Any, factor: float, points: Any, norms: Any) -> None:
+    """Write rows less their mean, times a factor, to ``points``, and their squared norms before rounding."""
+    for row in range(len(rows)):
+        total = 0.0
+        for column in range(len(mean)):
+            value = (np.float64(rows[row, column]) - mean[column]) * factor
+            points[row, column] = np.float32(value)
+            total += value * value
+        norms[row] = total
 
 
 @compiled(reorder=False)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from analyzers import neighbours
-from analyzers.neighbour_loops import smallest
+from analyzers.neighbour_loops import limit_of_smallest
 from analyzers.neighbours import distinct, nearest
 
 
@@ -111,9 +111,15 @@ def test_the_first_of_equal_rows_stays() -> None:
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60), st.integers(1, 70))
-def test_the_smallest_but_some(values: list[float], k: int) -> None:
+def test_the_limit_of_the_smallest(values: list[float], k: int) -> None:
     row = np.array(values, np.float32)
-    assert smallest(row, k) == (np.sort(row)[k - 1] if k <= len(row) else np.inf)
+    limit = limit_of_smallest(row, k)
+    if k > len(row):
+        assert limit == np.inf
+    else:
+        kth = np.sort(row)[k - 1]
+        assert (row[row <= limit] <= kth).all()
+        assert limit >= kth
 
 
 def test_rows_of_equal_keys_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
