@@ -41,8 +41,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def over_ranges(work: Callable[[int, int], Any], cuts: Sequence[int]) -> list[Any]:
     """``work(begin, end)`` for every two neighbours in ``cuts``, on torch's number of threads, in order.
 
-    A range without an element is left out.
+    A range without an element is left out. What one thread is to do, the caller's does.
     """
-    pool = _pool(torch.get_num_threads())
-    futures = [pool.submit(work, begin, end) for begin, end in pairwise(cuts) if begin < end]
+    ranges = [(begin, end) for begin, end in pairwise(cuts) if begin < end]
+    threads = torch.get_num_threads()
+    if threads == 1 or len(ranges) == 1:
+        return [work(begin, end) for begin, end in ranges]
+    futures = [_pool(threads).submit(work, begin, end) for begin, end in ranges]
     return [future.result() for future in futures]
