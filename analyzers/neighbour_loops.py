@@ -23,6 +23,32 @@ def squared_distance(one: Any, other: Any) -> Any:
     return total
 
 
+@compiled(reorder=True)
+def squared_distances(one: Any, rows: Any, places: Any) -> Any:
+    """Of a row and some others, from their differences in float64.
+
+    Four at a time: their reading from memory overlaps (two thirds of the time).
+    """
+    squares = np.empty(len(places))
+    at = 0
+    while at + 4 <= len(places):
+        a, b, c, d = rows[places[at]], rows[places[at + 1]], rows[places[at + 2]], rows[places[at + 3]]
+        to_a = to_b = to_c = to_d = 0.0
+        for column in range(len(one)):
+            value = one[column]
+            gap_a, gap_b = value - np.float64(a[column]), value - np.float64(b[column])
+            gap_c, gap_d = value - np.float64(c[column]), value - np.float64(d[column])
+            to_a += gap_a * gap_a
+            to_b += gap_b * gap_b
+            to_c += gap_c * gap_c
+            to_d += gap_d * gap_d
+        squares[at], squares[at + 1], squares[at + 2], squares[at + 3] = to_a, to_b, to_c, to_d
+        at += 4
+    for place in range(at, len(places)):
+        squares[place] = squared_distance(one, rows[places[place]])
+    return squares
+
+
 @compiled(reorder=False)
 def limit_of_smallest(values: Any, k: int) -> Any:
     """A number that the ``k`` smallest float32 values do not exceed, and others only if equal to them.
@@ -105,15 +131,14 @@ def nearest_of_block(
                 break
             guess = np.float32(np.inf)
         limit = limit_of_smallest(near[:bounded], k) + slack
-        square, wide = np.empty(count), rows[row].astype(np.float64)
         kept = np.int64(0)
         for place in range(count):
             other = found[place]
             if other != row and low[other] - np.float32(2) * dot[other] <= limit:
                 found[kept] = other
-                square[kept] = squared_distance(wide, rows[other])
                 kept += 1
-        order = np.argsort(square[:kept], kind="mergesort")
+        square = squared_distances(rows[row].astype(np.float64), rows, found[:kept])
+        order = np.argsort(square, kind="mergesort")
         for place in range(k):
             distance[row, place] = np.sqrt(square[order[place]])
             index[row, place] = found[order[place]]
