@@ -32,7 +32,7 @@ def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> st
     bands = baselines.payload(data.baselines, walks)
     chosen = data.chosen
     points = summarize(data)
-    packed = pack_values(data.trajectories, data.runs)
+    packed = pack_values(data.shown, data.runs)
     colors = state_colors(1 + max((row.state for row in rows), default=-1))
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -60,10 +60,12 @@ def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> st
         stages=stages(data, walks),
         changes=training_map.changes(walks),
         odd=states.oddities(walks),
-        caveats=states.caveats(chosen) if chosen is not None else [],
+        cautions=states.cautions(chosen) if chosen is not None else [],
+        remarks=states.remarks(chosen) if chosen is not None else [],
         selection=panels(data.models) if chosen is not None else [],
         selection_size=(WIDTH, HEIGHT),
         map=draw(data, rows, colors) if rows else None,
+        score=drivers.score,
         strongest=drivers.strongest(data.drivers),
         null=baselines.null_lines(data.nulls),
         beside=baselines.whole(data.baselines),
@@ -72,6 +74,7 @@ def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> st
         phase_places=phase_places,
         growth_places=growth_places,
         head_maps=head_maps,
+        head_lines=heads.lines(head_maps),
         crosscoders=crosscoders,
         crosscoder_payload=Markup(crosscoder.payload_text(crosscoders)),
         crosscoder_script=Markup((_HERE / "crosscoder.js").read_text(encoding="utf-8")),
@@ -119,9 +122,10 @@ def payload(
                 "site": t.site,
                 "layer": t.layer,
                 "head": t.head,
+                "over": t.over,
                 "n": t.n,
             }
-            for t in data.trajectories
+            for t in data.shown
         ],
         "start": _start(data.trajectories),
         "phases": phases.payload(data, phase_places),
