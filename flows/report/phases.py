@@ -61,7 +61,7 @@ class PhaseRow:
         change, low, high = (_per_cent(x) if x < 5 else f"x{math.exp(x):.0f}" for x in changes)
         if seen:
             return f"{change} ({low} to {high})"
-        return "not seen" if changes[1] == changes[2] else f"not seen (within {low} to {high})"
+        return "not seen" if low == high else f"not seen (within {low} to {high})"
 
 
 @dataclass(frozen=True)

@@ -506,11 +506,15 @@
     const run = data.runs.find((each) => each.name === chosen.run);
     const { axis, layout } = layoutBase();
     const names = chosen.bands.map((band) => plain(band.name));
-    const margin = { l: 70, r: 16, t: 30, b: 56 };
-    Plotly.react(byId("band-plot"), bandTraces(run, chosen.bands, scale), {
-      ...layout, margin, height: names.length * 28 + margin.t + margin.b, barmode: "overlay", hovermode: "closest", uniformtext: { minsize: 9, mode: "hide" },
+    // Beside the bands their names would leave a narrow window no room: there they stand above.
+    const narrow = byId("band-plot").clientWidth < 560;
+    const margin = { l: narrow ? 10 : 70, r: 16, t: narrow ? 44 : 30, b: 56 };
+    const above = names.map((name) => ({ text: name, showarrow: false, font: { size: 11 }, xref: "x domain", x: 0, xanchor: "left", y: name, yanchor: "bottom", yshift: 10 }));
+    const traces = bandTraces(run, chosen.bands, scale).map((trace) => narrow ? { ...trace, width: 0.45 } : trace);
+    Plotly.react(byId("band-plot"), traces, {
+      ...layout, margin, annotations: narrow ? above : [], height: names.length * (narrow ? 44 : 28) + margin.t + margin.b, barmode: "overlay", hovermode: "closest", uniformtext: { minsize: 9, mode: "hide" },
       xaxis: { ...axis, ...stepAxis([run], scale) },
-      yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, range: [names.length - 0.5, -0.5], showgrid: false, ticks: "", fixedrange: true },
+      yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, range: [names.length - 0.5, -0.5], showgrid: false, showticklabels: !narrow, ticks: "", fixedrange: true },
     }, config);
     byId("band-caption").textContent = `Run ${run.name}. In brackets: adjusted Rand index with the states of this run. Colours of states and of k-means mean the same; those of other pieces only tell neighbours apart.`;
   }

@@ -297,7 +297,7 @@ def test_a_phase_that_no_run_shows_has_no_per_cent(report_store: Store) -> None:
     row = place.rows[0]
     assert row.change_text("collapse") == "-25% (-33% to -18%)"
     assert row.change_text("compression") == "not seen (within -10% to +11%)"
-    nowhere = replace(row, changes={"compression": (False, 0.0, 0.0, 0.0)})
+    nowhere = replace(row, changes={"compression": (False, 0.0, -1e-17, 1e-17)})
     assert nowhere.change_text("compression") == "not seen"
 
 
