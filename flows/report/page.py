@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from analyzers.crosscoder.population import METRICS as CROSSCODER_METRICS
 from analyzers.latent import training_map
 from analyzers.registry import load_all
 from flows.report import baselines, crosscoder, drivers, growth, heads, outcomes, phases, states, text
@@ -17,6 +18,7 @@ from flows.report.stages import stages
 from flows.report.summary import in_short, lasting, summarize
 from flows.report.training_map import draw, ink_on, state_colors
 from flows.report.words import PLAIN
+from tasks.training_log import KNOWN
 
 _HERE = Path(__file__).parent
 _DEFAULT = ("rankme_cov", "resid_post")
@@ -139,15 +141,17 @@ def payload(
 
 
 def _about(names: set[str]) -> dict[str, dict[str, str]]:
-    """Formula, unit and range of the metrics that analyzers document; those from elsewhere have none."""
-    known = {metric.name: metric for cls in load_all().values() for metric in cls.metrics}
+    """Formula, unit and range of the metrics that are documented; those from elsewhere have none."""
+    metrics = [*(m for cls in load_all().values() for m in cls.metrics), *CROSSCODER_METRICS]
+    known = {metric.name: (metric.formula, metric.unit, metric.range) for metric in metrics}
+    known |= {name: (meaning, unit, "") for name, (_, meaning, unit) in KNOWN.items()}
     # A metric without a dimension has the unit 1, which says nothing on an axis.
     return {
         name: {
-            "formula": known[name].formula,
-            "unit": "" if known[name].unit == "1" else known[name].unit,
-            "range": known[name].range,
-            "plain": PLAIN.get(name, ""),
+            "formula": known[name][0],
+            "unit": "" if known[name][1] == "1" else known[name][1],
+            "range": known[name][2],
+            "plain": PLAIN[name],
         }
         for name in sorted(names & known.keys())
     }

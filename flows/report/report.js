@@ -290,7 +290,7 @@
   const caption = (t) => {
     const count = t.n === null ? "" : ` n = ${t.n[0] === t.n[1] ? spell(t.n[0]) : `${spell(t.n[0])} to ${spell(t.n[1])}`} observations per value.`;
     const about = data.metrics[t.metric];
-    const meaning = about ? ` It is ${about.formula}; ${about.unit ? `unit ${about.unit}` : "no unit"}, range ${about.range}.` : "";
+    const meaning = about ? ` It is ${about.formula}; ${about.unit ? `unit ${about.unit}` : "no unit"}${about.range ? `, range ${about.range}` : ""}.` : "";
     const words = inWords(t.metric) ? ` (${inWords(t.metric)})` : "";
     return `${t.metric}${words}, ${placeOf(t)}.${meaning}${count} Protocol: ${data.protocols[t.analyzer] || "not recorded"}.`;
   };

@@ -175,8 +175,39 @@ _WEIGHTS = {
     "model_d_ff": "width of the MLP",
 }
 
-# Every metric of every registered analyzer; tests hold it to that.
-PLAIN = {**_PREDICTIONS, **_SPECTRA, **_ACTIVATIONS, **_CHANGES, **_ATTENTION, **_WEIGHTS}
+_FEATURES = {
+    "crosscoder_explained_variance": "share of the activations' variance that the crosscoder explains",
+    "crosscoder_l0": "features active at a token",
+    "feature_strength": "mean strength of features, of their largest",
+    "feature_scaling": "how strongly the activations hold the features",
+    "feature_alive_share": "share of features that are alive",
+    "feature_births": "features born",
+    "feature_births_per_step": "features born per step",
+    "feature_deaths": "features that died",
+    "feature_turns": "features that turned",
+    "feature_previous_cosine": "cosine of features to those at the snapshot before",
+    "feature_final_cosine": "cosine of features to those at the last snapshot",
+    "feature_dimensionality": "share of the space that features fill",
+}
+
+_TRAINING = {
+    "train_loss": "loss that the training logged",
+    "train_lr": "learning rate",
+    "train_grad_norm": "norm of the gradient",
+    "train_eval_loss": "loss on the training's own evaluation set",
+}
+
+# Every metric of docs/metrics.md; tests hold it to that.
+PLAIN = {
+    **_PREDICTIONS,
+    **_SPECTRA,
+    **_ACTIVATIONS,
+    **_CHANGES,
+    **_ATTENTION,
+    **_WEIGHTS,
+    **_FEATURES,
+    **_TRAINING,
+}
 _NAME = re.compile(r"(?P<metric>[^\[]+)(\[(?P<site>[\w.]+?)(\.(?P<layer>\d+|last|mean|min|max))?\])?")
 _OVER = {"mean": "mean", "min": "least", "max": "largest"}
 
