@@ -177,14 +177,17 @@ def _maps(null: Null, runs: int) -> list[str]:
     middle = {name: median(getattr(s, name) for s in null.shapes) for name in ("forks", "returning", "usual")}
     linear = sum(shape.linear for shape in null.shapes)
     notes = [
-        f"the map refitted with as few restarts has {null.shape.forks} forks, {null.shape.returning} of "
-        f"{runs} runs re-enter a state, and {null.shape.usual} share the commonest order; "
-        f"surrogates (median): {middle['forks']:g}, {middle['returning']:g} and {middle['usual']:g}; "
-        f"{null.same_map} of {count} have the same edges, {linear} are linear"
+        f"fitted from as few random starts as the surrogates, the runs show {null.shape.forks} forks, "
+        f"{null.shape.returning} of {runs} runs return to a state they left, and {null.shape.usual} take "
+        f"the commonest way; surrogates (median): {middle['forks']:g}, {middle['returning']:g} and "
+        f"{middle['usual']:g}; {null.same_map} of {count} surrogates show the same transitions, and "
+        f"{linear} are one line of states"
     ]
     if null.rule_k is not None and null.rule_ks:
         numbers = ", ".join(map(str, null.rule_ks))
-        notes.append(f"with as few restarts the rule chooses K = {null.rule_k}, and {numbers} on surrogates")
+        notes.append(
+            f"fitted so, the rule chooses {null.rule_k} states for the runs, and {numbers} for surrogates"
+        )
     return notes
 
 

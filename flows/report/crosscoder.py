@@ -99,6 +99,7 @@ def _part(
         {
             "run": run,
             "steps": steps,
+            "tokens": [None if pd.isna(count) else int(count) for count in quality["tokens"]],
             "births": [int((one["birth"] == step).sum()) for step in steps],
             "explained": _values(quality["explained_variance"]),
             "heldOut": _values(quality["explained_held_out"]),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,12 +19,17 @@ from flows.report.crowding import thinned
 from storage import Store, UsageError
 from storage.store import column_name
 from tasks.training_log import ANALYZER
+from tasks.trajectories import select_trajectories
 
 Row = dict[str, Any]
 _PLACE = ["analyzer", "metric", "site", "layer", "head"]
 _TEXTS = ("analyzer", "metric", "site", "run", "note", "protocol")
 _COLUMNS = [*_PLACE, "run", "step", "tokens", "value", "n", "note", "protocol", "recorded_at"]
 _SEVERITIES = ("error", "warning", "note")
+# Names of reduced trajectories: ``metric[site.mean]``, ``metric[site.2.max]``.
+_OVER = re.compile(
+    r"(?P<metric>[^\[]+)\[(?P<site>[\w.]+?)\.(?P<over>(?:(?:\d+|last)\.)?(?:mean|min|max)(?:\.(?:mean|min|max))?)\]"
+)
 # Values of single heads that a page still shows, about 2 MB: it is to stay small enough to mail.
 _MOST_HEAD_VALUES = 200_000
 
@@ -41,7 +47,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One metric at one place; ``values`` holds one list per run, None where the run lacks it entirely."""
+    """One metric at one place; ``values`` holds one list per run, None where the run lacks it entirely.
+
+    ``over`` is how a state model reduced layers or heads (``mean``), None at a single place.
+    """
 
     analyzer: str
     metric: str
@@ -50,10 +59,13 @@ class Trajectory:
     head: int | None
     n: tuple[int, int] | None
     values: list[list[float | None] | None]
+    over: str | None = None
 
     @property
     def name(self) -> str:
         """Name as in state models: ``rankme_cov[resid_post.3]``."""
+        if self.over is not None:
+            return f"{self.metric}[{self.site}.{self.over}]"
         return column_name(self.metric, self.site, self.layer, self.head)
 
 
@@ -73,6 +85,7 @@ class ReportData:
     series: str
     runs: list[Run]
     trajectories: list[Trajectory]
+    reduced: list[Trajectory]
     heads_left_out: bool
     layers_left_out: bool
     measured: set[tuple[str, int, str]]
@@ -94,6 +107,11 @@ class ReportData:
     baselines: list[Row]
     provenance: list[Row]
     as_of: datetime | None
+
+    @property
+    def shown(self) -> list[Trajectory]:
+        """What the page plots: single places, then means over layers that states were fitted to."""
+        return [*self.trajectories, *self.reduced]
 
     @property
     def chosen(self) -> Row | None:
@@ -149,6 +167,7 @@ def collect(store: Store, series: str) -> ReportData:
         series=series,
         runs=runs,
         trajectories=_trajectories(_plain(shown[kept]), runs),
+        reduced=_reduced(metrics, models, runs),
         heads_left_out=crowded,
         layers_left_out=not kept.all(),
         measured={(str(run), int(step), str(a)) for run, step, a in done.itertuples(index=False)},
@@ -315,6 +334,28 @@ def _trajectories(metrics: pd.DataFrame, runs: Sequence[Run]) -> list[Trajectory
             )
         )
     return trajectories
+
+
+def _reduced(metrics: pd.DataFrame, models: list[Row], runs: Sequence[Run]) -> list[Trajectory]:
+    """Means, minima and maxima over layers or heads that the chosen states were fitted to."""
+    chosen = next((row["metrics"] or [] for row in models if row["chosen"]), [])
+    found = []
+    for name in chosen:
+        match = _OVER.fullmatch(name)
+        mine = _plain(metrics[metrics["metric"] == match["metric"]]) if match else metrics.iloc[:0]
+        if match is None or mine.empty:
+            continue
+        try:
+            rows = select_trajectories(mine, [name])
+        except UsageError:  # The store no longer holds what the states were fitted to.
+            continue
+        at = {(row.run, row.step): row.value for row in rows.itertuples(index=False)}
+        per_run = [
+            _values(np.array([at.get((r.name, s), np.nan) for s in r.steps], dtype=float)) for r in runs
+        ]
+        analyzer, over = str(mine["analyzer"].iloc[0]), match["over"]
+        found.append(Trajectory(analyzer, match["metric"], match["site"], None, None, None, per_run, over))
+    return found
 
 
 def _values(values: np.ndarray[Any, Any]) -> list[float | None] | None:

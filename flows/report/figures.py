@@ -53,7 +53,7 @@ def draw_figures(
         if name not in PLOTS:
             raise UsageError(f"there is no plot {name!r} (known: {', '.join(PLOTS)})")
     data = collect(store, series)
-    names = [trajectory.name for trajectory in data.trajectories]
+    names = [trajectory.name for trajectory in data.shown]
     if metric is not None and metric not in names:
         raise UsageError(f"the report of {series} shows no trajectory {metric!r}")
     with tempfile.TemporaryDirectory() as folder:

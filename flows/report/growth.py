@@ -9,6 +9,14 @@ from flows.report.phases import ALL_RUNS
 from flows.report.text import ABSENT, number
 from storage.store import column_name
 
+# Why a trajectory has neither an early peak nor a rise to the end, by the form that AICc prefers.
+_WHY_NONE = {
+    "constant": "no curve beats a constant",
+    "step": "a step fits better",
+    "logistic": "a logistic curve fits better",
+    "logarithm": "a logarithm fits best, and it does not rise",
+    GROWTH_FORM: "the curve fits best, but neither peaks within the steps measured nor rises to their end",
+}
 Place = tuple[str, str | None, int | None, int | None]
 
 
@@ -27,6 +35,13 @@ class GrowthRow:
     drawn: str
     fitted: list[float] | None
     note: str | None
+
+    @property
+    def verdict(self) -> str:
+        """The class and, where it is none or mixed, why."""
+        if self.shape == "none":
+            return f"none: {_WHY_NONE.get(self.preferred, 'most runs have neither an early peak nor a rise')}"
+        return "mixed: no class in most runs" if self.shape == "mixed" else self.shape
 
 
 @dataclass(frozen=True)

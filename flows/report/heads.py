@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from analyzers.head_births import HEAD_KINDS, HEADS_FORM, NOT_SEEN
 from flows.report.data import ReportData, Row
-from flows.report.text import ABSENT, number
+from flows.report.text import ABSENT, few, number
 
 # Rows of one map: born heads first, then those of the highest scores.
 _MOST_ROWS = 48
@@ -34,6 +34,12 @@ class HeadMap:
     rows: list[HeadRow]
     shown: list[Row]
     threshold: float | None
+
+    @property
+    def highest(self) -> float | None:
+        """The highest score that a head of the run ever has."""
+        scores = [row["parameters"].get("highest") for row in self.shown]
+        return max((score for score in scores if score is not None), default=None)
 
 
 def maps(data: ReportData) -> list[HeadMap]:
@@ -86,6 +92,22 @@ def describe(kind: str, total: Row) -> str:
     return f"{kind} heads: {number(total['parameters']['heads'])}, first at step {_birth(total)}"
 
 
+def lines(found: list[HeadMap]) -> list[str]:
+    """What was seen, run by run; runs without such heads share one sentence, with how near they came."""
+    said = []
+    for kind in dict.fromkeys(part.kind for part in found):
+        mine = [part for part in found if part.kind == kind]
+        unseen = [part for part in mine if not part.rows and part.highest is not None]
+        said += [f"{part.run}: {part.sentence}." for part in mine if part not in unseen]
+        if unseen:
+            near = max(part.highest for part in unseen if part.highest is not None)
+            said.append(
+                f"{few([part.run for part in unseen])}: {kind} heads: not seen; the highest score is "
+                f"{near:.2g}, and a head is born at {number(unseen[0].threshold)}."
+            )
+    return said
+
+
 def _birth(row: Row) -> str:
     if row["peak_step"] is None:
         return ABSENT
@@ -97,11 +119,15 @@ def _birth(row: Row) -> str:
 def payload(data: ReportData, found: list[HeadMap]) -> list[dict[str, object]]:
     """Per map its run, and per row of it a trajectory (None: not on this page) and the step of the birth."""
     index = {(t.metric, t.layer, t.head): i for i, t in enumerate(data.trajectories) if t.head is not None}
+    highest: dict[str, float] = {}
+    for part in found:
+        highest[part.kind] = max(highest.get(part.kind, 0.0), part.highest or 0.0)
     return [
         {
             "run": part.run,
             "kind": part.kind,
             "threshold": part.threshold,
+            "highest": highest[part.kind],
             "rows": [
                 {"trajectory": at, "birth": row["peak_step"]}
                 for row in part.shown

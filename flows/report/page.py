@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from analyzers.crosscoder.population import METRICS as CROSSCODER_METRICS
 from analyzers.latent import training_map
 from analyzers.registry import load_all
 from flows.report import baselines, crosscoder, drivers, growth, heads, outcomes, phases, states, text
@@ -17,6 +18,7 @@ from flows.report.stages import stages
 from flows.report.summary import in_short, lasting, summarize
 from flows.report.training_map import draw, ink_on, state_colors
 from flows.report.words import PLAIN
+from tasks.training_log import KNOWN
 
 _HERE = Path(__file__).parent
 _DEFAULT = ("rankme_cov", "resid_post")
@@ -32,7 +34,7 @@ def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> st
     bands = baselines.payload(data.baselines, walks)
     chosen = data.chosen
     points = summarize(data)
-    packed = pack_values(data.trajectories, data.runs)
+    packed = pack_values(data.shown, data.runs)
     colors = state_colors(1 + max((row.state for row in rows), default=-1))
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -60,10 +62,12 @@ def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> st
         stages=stages(data, walks),
         changes=training_map.changes(walks),
         odd=states.oddities(walks),
-        caveats=states.caveats(chosen) if chosen is not None else [],
+        cautions=states.cautions(chosen) if chosen is not None else [],
+        remarks=states.remarks(chosen) if chosen is not None else [],
         selection=panels(data.models) if chosen is not None else [],
         selection_size=(WIDTH, HEIGHT),
         map=draw(data, rows, colors) if rows else None,
+        score=drivers.score,
         strongest=drivers.strongest(data.drivers),
         null=baselines.null_lines(data.nulls),
         beside=baselines.whole(data.baselines),
@@ -72,6 +76,7 @@ def render(data: ReportData, crosscoders: list[crosscoder.CrosscoderPart]) -> st
         phase_places=phase_places,
         growth_places=growth_places,
         head_maps=head_maps,
+        head_lines=heads.lines(head_maps),
         crosscoders=crosscoders,
         crosscoder_payload=Markup(crosscoder.payload_text(crosscoders)),
         crosscoder_script=Markup((_HERE / "crosscoder.js").read_text(encoding="utf-8")),
@@ -119,9 +124,10 @@ def payload(
                 "site": t.site,
                 "layer": t.layer,
                 "head": t.head,
+                "over": t.over,
                 "n": t.n,
             }
-            for t in data.trajectories
+            for t in data.shown
         ],
         "start": _start(data.trajectories),
         "phases": phases.payload(data, phase_places),
@@ -135,15 +141,17 @@ def payload(
 
 
 def _about(names: set[str]) -> dict[str, dict[str, str]]:
-    """Formula, unit and range of the metrics that analyzers document; those from elsewhere have none."""
-    known = {metric.name: metric for cls in load_all().values() for metric in cls.metrics}
+    """Formula, unit and range of the metrics that are documented; those from elsewhere have none."""
+    metrics = [*(m for cls in load_all().values() for m in cls.metrics), *CROSSCODER_METRICS]
+    known = {metric.name: (metric.formula, metric.unit, metric.range) for metric in metrics}
+    known |= {name: (meaning, unit, "") for name, (_, meaning, unit) in KNOWN.items()}
     # A metric without a dimension has the unit 1, which says nothing on an axis.
     return {
         name: {
-            "formula": known[name].formula,
-            "unit": "" if known[name].unit == "1" else known[name].unit,
-            "range": known[name].range,
-            "plain": PLAIN.get(name, ""),
+            "formula": known[name][0],
+            "unit": "" if known[name][1] == "1" else known[name][1],
+            "range": known[name][2],
+            "plain": PLAIN[name],
         }
         for name in sorted(names & known.keys())
     }

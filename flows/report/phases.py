@@ -50,12 +50,18 @@ class PhaseRow:
         return "no end" if self.seen(phase) else "not seen"
 
     def change_text(self, phase: str) -> str:
-        """Change of a phase in per cent with its interval, and whether it is seen."""
+        """Change of a phase in per cent with its interval, or that it is not seen.
+
+        Of a phase that is not seen the interval says how large it could be; over runs without any trace of it
+        that interval would be empty, which says nothing.
+        """
         if phase not in self.changes:
             return ABSENT
         seen, *changes = self.changes[phase]
         change, low, high = (_per_cent(x) if x < 5 else f"x{math.exp(x):.0f}" for x in changes)
-        return f"{change} ({low} to {high})" + ("" if seen else ", not seen")
+        if seen:
+            return f"{change} ({low} to {high})"
+        return "not seen" if low == high else f"not seen (within {low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class PhasePlace:
     layer: int | None
     head: int | None
     rows: list[PhaseRow]
+
+    @property
+    def noted(self) -> bool:
+        """Whether a row carries a note."""
+        return any(row.note for row in self.rows)
 
     @property
     def pooled(self) -> PhaseRow | None:

@@ -61,9 +61,13 @@
   const unitOf = (metric) => (data.metrics[metric] || {}).unit || "";
   const titled = (metric) => plain(metric) + (unitOf(metric) ? ` (${plain(unitOf(metric))})` : "");
   const measured = (metric, value) => `${plain(metric)} ${value === null ? "absent" : spell(value) + (unitOf(metric) ? ` ${plain(unitOf(metric))}` : "")}`;
-  const layerName = (layer) => layer === null ? "none" : String(layer);
+  const overLayers = { mean: "mean over layers", min: "least over layers", max: "largest over layers" };
+  const layerName = (t) => t.over !== null ? overLayers[t.over] || t.over : t.layer === null ? "none" : String(t.layer);
+  // What a metric is called on our pages, and what it is in plain words where we have any.
+  const inWords = (metric) => { const words = (data.metrics[metric] || {}).plain; return words && words !== metric ? words : ""; };
+  const optionName = (metric) => inWords(metric) ? `${metric}: ${inWords(metric)}` : metric;
   const headName = (head) => head === null ? "all" : String(head);
-  const placeOf = (t) => siteName(t.site) + (t.layer === null ? "" : `, layer ${t.layer}`) + (t.head === null ? "" : `, head ${t.head}`);
+  const placeOf = (t) => siteName(t.site) + (t.over !== null ? `, ${layerName(t)}` : t.layer === null ? "" : `, layer ${t.layer}`) + (t.head === null ? "" : `, head ${t.head}`);
 
   // ---- the step axis
 
@@ -151,7 +155,7 @@
       try {
         zoom = change["xaxis.autorange"] || same([from, to], plot) ? null : [from, to];
         if (zoom === null) drawAll();
-        else for (const other of stepPlots()) if (other !== plot && other.layout) await Plotly.relayout(other, { "xaxis.range": [...zoom] });
+        else for (const other of plots()) if (other !== plot && other.layout) await Plotly.relayout(other, { "xaxis.range": [...zoom] });
       } finally { following = false; }
     });
   }
@@ -185,9 +189,9 @@
   // ---- pickers: each one offers what the choices before it leave
 
   const levels = {
-    metric: { key: (t) => `${t.analyzer}\n${t.metric}`, name: (t) => t.metric, group: (t) => t.analyzer },
+    metric: { key: (t) => `${t.analyzer}\n${t.metric}`, name: (t) => optionName(t.metric), group: (t) => t.analyzer },
     site: { key: (t) => JSON.stringify(t.site), name: (t) => siteName(t.site) },
-    layer: { key: (t) => JSON.stringify(t.layer), name: (t) => layerName(t.layer) },
+    layer: { key: (t) => JSON.stringify([t.layer, t.over]), name: layerName },
     head: { key: (t) => JSON.stringify(t.head), name: (t) => headName(t.head) },
   };
 
@@ -211,8 +215,8 @@
       parent.append(new Option(level.name(t), key));
     }
     // The last layer is what most readers want; elsewhere the first option will do.
-    const keys = [...options.keys()];
-    select.value = options.has(before) ? before : level === levels.layer ? keys[keys.length - 1] : keys[0];
+    const keys = [...options.keys()], single = keys.filter((key) => options.get(key).over === null);
+    select.value = options.has(before) ? before : level === levels.layer && single.length ? single[single.length - 1] : keys[0];
     select.disabled = keys.length < 2;
   }
 
@@ -286,8 +290,8 @@
   const caption = (t) => {
     const count = t.n === null ? "" : ` n = ${t.n[0] === t.n[1] ? spell(t.n[0]) : `${spell(t.n[0])} to ${spell(t.n[1])}`} observations per value.`;
     const about = data.metrics[t.metric];
-    const meaning = about ? ` It is ${about.formula}; ${about.unit ? `unit ${about.unit}` : "no unit"}, range ${about.range}.` : "";
-    const words = about && about.plain && about.plain !== t.metric ? ` (${about.plain})` : "";
+    const meaning = about ? ` It is ${about.formula}; ${about.unit ? `unit ${about.unit}` : "no unit"}${about.range ? `, range ${about.range}` : ""}.` : "";
+    const words = inWords(t.metric) ? ` (${inWords(t.metric)})` : "";
     return `${t.metric}${words}, ${placeOf(t)}.${meaning}${count} Protocol: ${data.protocols[t.analyzer] || "not recorded"}.`;
   };
 
@@ -337,7 +341,7 @@
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 } },
       uniformtext: { minsize: 9, mode: "hide" },
       xaxis: x,
-      yaxis: { ...axis, ...bent, domain: [(ribbons + gap) / inner, 1], title: { text: `${titled(trajectory.metric)}<br><span style="font-size:11px">${plain(placeOf(trajectory))}</span>`, standoff: 8, font: { size: 13 } }, exponentformat: "power" },
+      yaxis: { ...axis, ...bent, domain: [(ribbons + gap) / inner, 1], title: { text: `${titled(trajectory.metric)}<br><span style="font-size:11px">${plain([inWords(trajectory.metric), placeOf(trajectory)].filter(Boolean).join(", "))}</span>`, standoff: 8, font: { size: 13 } }, exponentformat: "power" },
       yaxis2: { ...axis, type: "category", visible: decoded.length > 0, domain: [0, decoded.length ? ribbons / inner : 0.001], categoryorder: "array", categoryarray: decoded.map((run) => plain(run.name)), autorange: "reversed", showgrid: false, ticks: "", fixedrange: true },
     }, config);
     byId("line-caption").textContent = caption(trajectory);
@@ -502,11 +506,15 @@
     const run = data.runs.find((each) => each.name === chosen.run);
     const { axis, layout } = layoutBase();
     const names = chosen.bands.map((band) => plain(band.name));
-    const margin = { l: 70, r: 16, t: 30, b: 56 };
-    Plotly.react(byId("band-plot"), bandTraces(run, chosen.bands, scale), {
-      ...layout, margin, height: names.length * 28 + margin.t + margin.b, barmode: "overlay", hovermode: "closest", uniformtext: { minsize: 9, mode: "hide" },
+    // Beside the bands their names would leave a narrow window no room: there they stand above.
+    const narrow = byId("band-plot").clientWidth < 560;
+    const margin = { l: narrow ? 10 : 70, r: 16, t: narrow ? 44 : 30, b: 56 };
+    const above = names.map((name) => ({ text: name, showarrow: false, font: { size: 11 }, xref: "x domain", x: 0, xanchor: "left", y: name, yanchor: "bottom", yshift: 10 }));
+    const traces = bandTraces(run, chosen.bands, scale).map((trace) => narrow ? { ...trace, width: 0.45 } : trace);
+    Plotly.react(byId("band-plot"), traces, {
+      ...layout, margin, annotations: narrow ? above : [], height: names.length * (narrow ? 44 : 28) + margin.t + margin.b, barmode: "overlay", hovermode: "closest", uniformtext: { minsize: 9, mode: "hide" },
       xaxis: { ...axis, ...stepAxis([run], scale) },
-      yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, range: [names.length - 0.5, -0.5], showgrid: false, ticks: "", fixedrange: true },
+      yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, range: [names.length - 0.5, -0.5], showgrid: false, showticklabels: !narrow, ticks: "", fixedrange: true },
     }, config);
     byId("band-caption").textContent = `Run ${run.name}. In brackets: adjusted Rand index with the states of this run. Colours of states and of k-means mean the same; those of other pieces only tell neighbours apart.`;
   }
@@ -526,8 +534,10 @@
     const names = rows.map((row) => `${row.t.layer}.${row.t.head}`), born = rows.map((row, i) => ({ ...row, name: names[i] })).filter((row) => row.birth !== null);
     const { axis, layout } = layoutBase();
     const margin = { l: 70, r: 16, t: 30, b: 56 };
+    // Up to the highest score of any run, so that runs compare and weak scores can be told apart.
+    const highest = chosen.highest || 1;
     Plotly.react(byId("heads-plot"), [{
-      type: "heatmap", colorscale: "Viridis", zmin: 0, zmax: 1, hoverongaps: false, z: rows.map((row) => row.t.values[r]),
+      type: "heatmap", colorscale: "Viridis", zmin: 0, zmax: highest, hoverongaps: false, z: rows.map((row) => row.t.values[r]),
       colorbar: { thickness: 12, outlinewidth: 0, title: { text: titled(rows[0].t.metric), side: "right", font: { size: 13 } } },
       x: cellEdges(run, scale), y: names,
       customdata: rows.map((row) => row.t.values[r].map((value, i) => value === null ? "" : `step ${spell(run.steps[i])}<br>score ${spell(value)}`)),
@@ -541,7 +551,7 @@
       xaxis: { ...axis, ...stepAxis([run], scale), showgrid: false },
       yaxis: { ...axis, type: "category", categoryorder: "array", categoryarray: names, autorange: "reversed", title: { text: "layer.head", standoff: 8, font: { size: 13 } }, showgrid: false },
     }, config);
-    byId("heads-caption").textContent = `${caption({ ...rows[0].t, layer: null, head: null })} Run ${chosen.run}; threshold ${chosen.threshold}; ${born.length} of the ${rows.length} heads shown were born.`;
+    byId("heads-caption").textContent = `${caption({ ...rows[0].t, layer: null, head: null })} Run ${chosen.run}. Colours go from 0 to ${spell(Number(highest.toPrecision(2)))}, the highest score in any run; a head is born at ${chosen.threshold}. ${born.length} of the ${rows.length} heads shown were born.`;
   }
 
   // ---- downloads
@@ -562,40 +572,44 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
-  function saveTrajectories(name, trajectories, runIndexes) {
+  // Name of the file and its rows, by plot: every plot has a button that saves what it shows.
+  const behind = {};
+
+  function trajectoryRows(trajectories, runIndexes) {
     const head = ["series", "run", "step", "tokens", "metric", "site", "layer", "head", "value", "state", "posterior"];
     const rows = trajectories.flatMap((t) => runIndexes.filter((r) => t.values[r]).flatMap((r) => {
       const run = data.runs[r];
-      return run.steps.map((step, i) => [data.series, run.name, step, run.tokens[i], t.metric, t.site, t.layer, t.head, t.values[r][i], run.states[i], run.posteriors[i]]);
+      return run.steps.map((step, i) => [data.series, run.name, step, run.tokens[i], t.metric, t.site, t.over ?? t.layer, t.head, t.values[r][i], run.states[i], run.posteriors[i]]);
     }));
-    save(name, [head, ...rows]);
+    return [head, ...rows];
   }
 
-  function savePlace(name, chosen) {
-    if (chosen.trajectory !== null) saveTrajectories(name, [data.trajectories[chosen.trajectory]], data.runs.map((_, r) => r));
-  }
+  const everyRun = data.runs.map((_, r) => r);
+  const shownTrajectory = (chosen) => chosen.trajectory === null ? [] : [data.trajectories[chosen.trajectory]];
 
-  function saveGrowth() {
-    const chosen = data.growth[Number(byId("growth-place").value)];
-    if (chosen.trajectory === null) return;
-    const t = data.trajectories[chosen.trajectory];
-    const rows = data.runs.flatMap((run, r) => !t.values[r] ? [] : run.steps.map((step, i) => {
+  function growthRows(chosen) {
+    const rows = shownTrajectory(chosen).flatMap((t) => data.runs.flatMap((run, r) => !t.values[r] ? [] : run.steps.map((step, i) => {
       const fit = chosen.rows.find((row) => row.run === run.name);
       return [data.series, run.name, step, run.tokens[i], t.metric, t.site, t.layer, t.head, t.values[r][i], fit ? curveAt(fit.fitted, step) : null];
-    }));
-    save("growth-curves", [["series", "run", "step", "tokens", "metric", "site", "layer", "head", "value", "fitted"], ...rows]);
+    })));
+    return [["series", "run", "step", "tokens", "metric", "site", "layer", "head", "value", "fitted"], ...rows];
   }
 
-  function saveBands() {
-    const chosen = data.bands[Number(byId("band-run").value)];
+  function bandRows(chosen) {
     const rows = chosen.bands.flatMap((band) => band.pieces.map(([label, step]) => [data.series, chosen.run, band.name, label, step]));
-    save("pieces", [["series", "run", "method", "label", "first_step"], ...rows]);
+    return [["series", "run", "method", "label", "first_step"], ...rows];
   }
 
-  function saveHeads() {
-    const chosen = data.heads[Number(byId("heads-map").value)], r = data.runs.findIndex((run) => run.name === chosen.run);
-    saveTrajectories("head-scores", chosen.rows.map((row) => data.trajectories[row.trajectory]), r < 0 ? [] : [r]);
-  }
+  behind["line-plot"] = () => ["trajectories", trajectoryRows(pickLine(), everyRun)];
+  behind["heat-plot"] = () => ["layers", trajectoryRows(pickHeat(), [Number(byId("heat-run").value)])];
+  behind["phase-plot"] = () => ["phases", trajectoryRows(shownTrajectory(data.phases[Number(byId("phase-place").value)]), everyRun)];
+  behind["growth-plot"] = () => ["growth-curves", growthRows(data.growth[Number(byId("growth-place").value)])];
+  behind["band-plot"] = () => ["pieces", bandRows(data.bands[Number(byId("band-run").value)])];
+  behind["heads-plot"] = () => {
+    const chosen = data.heads[Number(byId("heads-map").value)];
+    return ["head-scores", trajectoryRows(chosen.rows.map((row) => data.trajectories[row.trajectory]), everyRun.filter((r) => data.runs[r].name === chosen.run))];
+  };
+  for (const button of document.querySelectorAll("button[data-plot]")) button.addEventListener("click", () => save(...behind[button.dataset.plot]()));
 
   // Thousands are separated for reading only, and a dash stands for nothing.
   const cellText = (c) => {
@@ -613,9 +627,12 @@
 
   // ---- start
 
+  const plots = () => [...document.querySelectorAll("div.plot")];
+  const shared = { amount, behind, byId, cellEdges, chosenView, color, config, layoutBase, measuredRuns: data.runs, plain, position, stepAxis };
+  const drawCrosscoders = window.ontogenyCrosscoders ? window.ontogenyCrosscoders(shared) : () => {};
   const drawAll = () => {
-    drawLines(); drawHeat(); drawPhases(); drawGrowth(); drawBands(); drawHeads();
-    stepPlots().forEach(link);
+    drawLines(); drawHeat(); drawPhases(); drawGrowth(); drawBands(); drawHeads(); drawCrosscoders();
+    plots().forEach(link);
   };
 
   if (byId("step-axis")) {
@@ -623,21 +640,15 @@
     for (const id of ["step-axis", "step-unit"]) byId(id).addEventListener("change", () => { zoom = null; drawAll(); });
     byId("link-axes").addEventListener("change", () => { zoom = null; drawAll(); });
   }
-  for (const [id, download] of [
-    ["phase-csv", () => savePlace("phases", data.phases[Number(byId("phase-place").value)])],
-    ["growth-csv", saveGrowth], ["band-csv", saveBands], ["heads-csv", saveHeads],
-  ]) if (byId(id)) byId(id).addEventListener("click", download);
   if (byId("line-plot")) {
     pickLine = pickers("line", ["metric", "site", "layer", "head"], data.trajectories, drawLines);
     byId("value-axis").addEventListener("change", drawLines);
-    byId("line-csv").addEventListener("click", () => saveTrajectories("trajectories", pickLine(), data.runs.map((_, r) => r)));
   }
   if (byId("heat-plot")) {
     byId("heat-run").append(...data.runs.map((run, r) => new Option(run.name, r)));
     byId("heat-run").disabled = data.runs.length < 2;
     pickHeat = pickers("heat", ["metric", "site", "head"], data.trajectories.filter((t) => t.layer !== null), drawHeat);
     for (const id of ["heat-run", "heat-colors"]) byId(id).addEventListener("change", drawHeat);
-    byId("heat-csv").addEventListener("click", () => saveTrajectories("layers", pickHeat(), [Number(byId("heat-run").value)]));
   }
 
   if (byId("phase-place")) {
@@ -658,8 +669,6 @@
     byId("band-run").addEventListener("change", drawBands);
   }
 
-  const plots = () => [...document.querySelectorAll("div.plot")];
-  const stepPlots = () => plots().filter((plot) => !("ownAxis" in plot.dataset));
   const toggle = byId("theme");
   function themed() {
     toggle.textContent = isDark() ? "Light theme" : "Dark theme";
@@ -688,12 +697,12 @@
     themed();
   });
 
-  // `ontogeny report --format` waits for this, and reads the plots as pictures; other sections save with it.
+  // `ontogeny report --format` waits for this, and reads the plots as pictures.
   const show = (i) => {
     const t = data.trajectories[i];
     if (pickLine) pickLine.choose(t);
     if (pickHeat && t.layer !== null) pickHeat.choose(t);
   };
-  window.ontogenyReport = { show, save };
+  window.ontogenyReport = { show };
   root.dataset.ready = "yes";
 })();

@@ -9,6 +9,9 @@ from analyzers.latent.training_map import Oddity, Stay, changes, forks, reentrie
 from flows.report.data import ReportData, Row, read_json
 from flows.report.text import few, join, number, sentence
 
+# Notes on a single metric (one that is constant, repeats another or has gaps) begin so; see analyzers.latent.
+_REMARK = "Metric "
+
 
 def paths(data: ReportData) -> dict[str, list[Stay]]:
     """The stays of every run that has states."""
@@ -141,8 +144,17 @@ def _held_out(chosen: Row) -> str:
     return f"held-out {join(runs)}" if runs else "held-out runs"
 
 
-def caveats(chosen: Row) -> list[str]:
-    """What the fit says a reader must know of it, as sentences."""
+def cautions(chosen: Row) -> list[str]:
+    """What may make a reader doubt the states, as sentences."""
+    return [note for note in _notes(chosen) if not note.startswith(_REMARK)]
+
+
+def remarks(chosen: Row) -> list[str]:
+    """What was done to the data before the fit and changes no reading of the map, as sentences."""
+    return [note for note in _notes(chosen) if note.startswith(_REMARK)]
+
+
+def _notes(chosen: Row) -> list[str]:
     notes = read_json(chosen["parameters"]).get("notes") or []
     if isinstance(notes, dict):
         notes = [f"{name}: {text}" for name, text in notes.items()]
@@ -173,7 +185,7 @@ def state_rows(data: ReportData) -> list[StateRow]:
     if chosen is None:
         return []
     wanted = list(chosen["metrics"] or [])
-    trajectories = {t.name: t for t in data.trajectories if t.name in set(wanted)}
+    trajectories = {t.name: t for t in data.shown if t.name in set(wanted)}
     for t in data.trajectories:  # in order of layer: the last one stays
         name = f"{t.metric}[{t.site}.last]"
         if name in wanted and t.layer is not None and t.head is None:

@@ -97,7 +97,9 @@ def _subject(data: ReportData) -> list[str]:
     if config and any(protocol.fields.get("probe") for protocol in data.protocols):
         probe = config["probe"]
         text = probe.get("text")
-        source = f"the text {text}" if text else "the text that comes with ontogeny"
+        source = (
+            f"the text {str(text).removeprefix('{root}/')}" if text else "the text that comes with ontogeny"
+        )
         size = f"{number(probe.get('sequences'))} sequences of {number(probe.get('length'))} tokens"
         said.append(f"All read the same tokens: up to {size} of {source}.")
     return said
@@ -112,20 +114,20 @@ def _states(data: ReportData, walks: dict[str, list[Stay]]) -> Point:
     found = stages(data, walks)
     count = plural(len(found), "phase")
     sentences = states.describe_changes(walks) or ["No run leaves its phase."]
-    notes = states.caveats(chosen)
+    cautions, remarks = states.cautions(chosen), states.remarks(chosen)
     metrics = plural(len(chosen["metrics"] or []), "metric")
     more = [
         f"Phase k is state k of a hidden Markov model: checkpoints that look alike in {metrics}.",
         states.describe_choice(data.models, chosen),
-        *notes[:_NOTES],
+        *(f"Caution: {note}" for note in cautions[:_NOTES]),
     ]
-    if len(notes) > _NOTES:
-        more.append(f"{plural(len(notes) - _NOTES, 'more note')} on the fit below.")
+    if left := len(cautions[_NOTES:]) + len(remarks):
+        more.append(f"{plural(left, 'more note')} on the fit below.")
     begin = [number(stage.step) for stage in found]
     short = f"Training falls into {count}, which begin at steps {join(begin)}."
     if len(found) == 1:
         short = "Training is one phase."
-    doubt = f" {plural(len(notes), 'caution').capitalize()}." if notes else ""
+    doubt = f" {plural(len(cautions), 'caution').capitalize()}." if cautions else ""
     return Point(
         title,
         count,

@@ -1,23 +1,36 @@
 """Geometry of the training map: states as cards from left to right, changes between them as arrows."""
 
 from dataclasses import dataclass
+from textwrap import wrap
 
 from plotly.colors import sample_colorscale, unlabel_rgb
 
 from flows.report.data import ReportData
 from flows.report.states import StateRow
 from flows.report.text import number, plural
+from flows.report.words import in_words
 
 # Up to this many states the cards have room for means; more states show them in the table only.
 _WIDE_STATES = 5
 _METRICS = 4
-_HEAD, _LINE, _FOOT = 46, 32, 10
+_HEAD, _NAME, _VALUE, _GAP, _FOOT = 60, 13, 16, 6, 4
+# Characters of a name in one line of a card, and lines of a name.
+_CHARACTERS, _LINES = 25, 3
 _LABEL = 34
 
 
 @dataclass(frozen=True)
+class Text:
+    """One line of a card: the name of a metric or a part of it (``small``), or its mean (``value``)."""
+
+    y: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Card:
-    """One state as a box: ``lines`` are (name, means) of its metrics."""
+    """One state as a box with its lines."""
 
     state: int
     x: float
@@ -27,7 +40,7 @@ class Card:
     color: str
     ink: str
     seen: str
-    lines: list[tuple[str, str]]
+    lines: list[Text]
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,14 @@ class Arrow:
 
 @dataclass(frozen=True)
 class TrainingMap:
-    """The drawing and its size."""
+    """The drawing and its size; ``shown`` of the ``metrics`` fitted are on the cards."""
 
     width: float
     height: float
     cards: list[Card]
     arrows: list[Arrow]
+    shown: int
+    metrics: int
 
 
 def state_colors(count: int) -> list[str]:
@@ -77,8 +92,9 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
     """Lay out the states in ``rows`` and the edges of the table of transitions."""
     wide = len(rows) <= _WIDE_STATES
     names = list(rows[0].means)[:_METRICS] if wide and rows else []
-    width, gap = (188, 104) if wide else (110, 64)
-    height = _HEAD + _LINE * len(names) + _FOOT
+    width, gap = (166, 60) if wide else (110, 60)
+    titles = [_wrapped(in_words(name) or name.replace("[", " [")) for name in names]
+    height = _HEAD + sum(_NAME * len(title) + _VALUE + _GAP for title in titles) + _FOOT if titles else 56
     place = {row.state: i for i, row in enumerate(rows)}
     edges = [e for e in data.transitions if e["from"] in place and e["to"] in place]
     spans = [place[edge["to"]] - place[edge["from"]] for edge in edges]
@@ -96,7 +112,7 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
             colors[row.state],
             ink_on(colors[row.state]),
             f"steps {number(row.first)} to {number(row.last)}" if wide else "",
-            [(_shorten(name, 30), _both(row, name)) for name in names],
+            _lines(titles, [_mean(row, name) for name in names]),
         )
         for row in rows
     ]
@@ -113,7 +129,7 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
                 line=line,
                 width=1.5 + 3 * edge["count"] / most,
                 label=label,
-                who=_tail(runs[0], 14) if len(runs) == 1 else "",
+                who=_tail(runs[0], 8) if len(runs) == 1 else "",
                 title=f"State {edge['from']} to {edge['to']}, {edge['count']} times: {', '.join(runs)}",
                 x=x,
                 y=y,
@@ -121,19 +137,34 @@ def draw(data: ReportData, rows: list[StateRow], colors: list[str]) -> TrainingM
             )
         )
     total = len(rows) * width + max(len(rows) - 1, 0) * gap + 2
-    return TrainingMap(total, top + height + bottom, cards, arrows)
+    fitted = len(rows[0].means) if rows else 0
+    return TrainingMap(total, top + height + bottom, cards, arrows, len(names), fitted)
 
 
-def _both(row: StateRow, name: str) -> str:
-    """The observed mean with its number of checkpoints, and the model's."""
-    if not row.frames[name] and row.model[name] is not None:
-        return _brief(row.model[name])  # a mean over layers is on no row of the table
-    observed = f"{_brief(row.means[name])} ({row.frames[name]})"
-    return f"{observed} · {_brief(row.model[name])}" if row.model[name] is not None else observed
+def _wrapped(name: str) -> list[str]:
+    """A name in the lines of a card."""
+    return wrap(name, _CHARACTERS, max_lines=_LINES, placeholder=" …")
+
+
+def _lines(titles: list[list[str]], values: list[str]) -> list[Text]:
+    """Names and means one below the other."""
+    found, y = list[Text](), _HEAD
+    for title, value in zip(titles, values, strict=True):
+        for part in title:
+            found.append(Text(y, "small", part))
+            y += _NAME
+        found.append(Text(y + 2, "value", value))
+        y += _VALUE + _GAP
+    return found
+
+
+def _mean(row: StateRow, name: str) -> str:
+    """The mean over checkpoints, or the model's where the page does not hold the values."""
+    return _brief(row.means[name] if row.frames[name] else row.model[name])
 
 
 def _brief(value: float | None) -> str:
-    """A number short enough for half a card."""
+    """A number short enough for a card."""
     return number(value if value is None else float(f"{value:.3g}"))
 
 
@@ -162,7 +193,3 @@ def _route(source: Card, target: Card, span: int) -> tuple[str, float, float]:
 def _tail(name: str, length: int) -> str:
     """The end of a run's name, where its seed or variant stands."""
     return name if len(name) <= length else "…" + name[1 - length :]
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -91,6 +91,21 @@ def test_notebook(name: str, notebook_store: Store, monkeypatch: pytest.MonkeyPa
         assert part in text
 
 
+@pytest.mark.parametrize("name", sorted(SAYS.keys() - {"own_analyzer.ipynb"}))
+def test_an_empty_store_gets_one_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebook_store: Store
+) -> None:
+    notebook = nbformat.read(REPOSITORY / "notebooks" / name, as_version=4)
+    opening = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    monkeypatch.setenv("ONTOGENY_ROOT", str(tmp_path))
+    with pytest.raises(AssertionError, match="holds no series yet: run `ontogeny demo`"):
+        exec(opening, {})
+    monkeypatch.setenv("ONTOGENY_ROOT", notebook_store.root)
+    monkeypatch.setenv("ONTOGENY_SERIES", "third")
+    with pytest.raises(AssertionError, match=r"third is not in the store .* which holds first, second"):
+        exec(opening, {})
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_are_small_and_without_outputs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)

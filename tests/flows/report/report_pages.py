@@ -75,3 +75,12 @@ def download(page: Any, button: str) -> list[str]:
     with page.expect_download() as waiting:
         page.locator(button).click()
     return Path(waiting.value.path()).read_text(encoding="utf-8").splitlines()
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait for a condition in the page; Playwright's own waiting is refused by the page's policy."""
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    pytest.fail(f"never came true: {condition}")

@@ -506,8 +506,11 @@ def test_births_of_heads_are_listed(heads_store: Store, monkeypatch: pytest.Monk
     assert _cells(page, "table-heads") == [["induction", "r", "1", "0", "64 (after 8)", "0.8", "0.8"]]
     text = " ".join(" ".join(Elements(page).text).split())
     assert "r: induction heads: 1, first at step 64 (after 8)" in text
-    assert "r: previous-token heads: not seen" in text
+    nothing = "r: previous-token heads: not seen; the highest score is 0.1, and a head is born at 0.5."
+    assert nothing in text
     data = json.loads(Elements(page).json)
+    # Colours end at the highest score, so that weak ones can be told apart.
+    assert [part["highest"] for part in data["heads"]] == [0.8, 0.1]
     assert [len(part["rows"]) for part in data["heads"]] == [4, 4]
     # Of a crowded page the heads that were born stay.
     monkeypatch.setattr("flows.report.data._MOST_HEAD_VALUES", 5)

@@ -1,9 +1,11 @@
 """The switches of the report, its size, its summary of phases, and its plots as pictures."""
 
+import json
 import shutil
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,20 +13,26 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from report_pages import Elements, download, open_report, unpacked
+from report_pages import Elements, download, open_report, unpacked, until
 
+from analyzers.crosscoder.population import METRICS as CROSSCODER_METRICS
 from analyzers.latent.training_map import Stay
 from analyzers.registry import load_all
 from flows.report import render_report
 from flows.report.crowding import thinned
 from flows.report.data import Run, Trajectory, collect
+from flows.report.drivers import driver_lines, score, strongest
 from flows.report.figures import draw_figures
+from flows.report.growth import GrowthRow
 from flows.report.pack import pack_values
+from flows.report.phases import places
 from flows.report.stages import stages
-from flows.report.states import describe_choice, paths
+from flows.report.states import cautions, describe_choice, paths, remarks
 from flows.report.summary import in_short, summarize
+from flows.report.text import ABSENT
 from flows.report.words import PLAIN, in_words
 from storage import Store, UsageError
+from tasks.training_log import KNOWN
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(600, 1500, 100))
 
@@ -44,15 +52,13 @@ def test_zooming_one_plot_zooms_the_others(opened: Any) -> None:
     zoom = "Plotly.relayout('line-plot', {'xaxis.range[0]': 1, 'xaxis.range[1]': 2})"
     opened.evaluate(zoom)
     for plot in ("heat-plot", "phase-plot", "band-plot"):
-        opened.wait_for_function(
-            f"Math.abs(document.getElementById('{plot}').layout.xaxis.range[0] - 1) < 1e-9"
-        )
+        until(opened, f"Math.abs(document.getElementById('{plot}').layout.xaxis.range[0] - 1) < 1e-9")
         assert _range(opened, plot) == [1, 2]
     # A redraw keeps the zoom; a reset takes it from all.
     opened.get_by_role("button", name="Dark theme").click()
     assert _range(opened, "phase-plot") == [1, 2]
     opened.evaluate("Plotly.relayout('phase-plot', {'xaxis.autorange': true})")
-    opened.wait_for_function("document.getElementById('heat-plot').layout.xaxis.range[0] < 0.9")
+    until(opened, "document.getElementById('heat-plot').layout.xaxis.range[0] < 0.9")
     assert _range(opened, "heat-plot") == pytest.approx(whole)
     opened.get_by_label("Zoom all together").uncheck()
     opened.evaluate(zoom)
@@ -105,7 +111,11 @@ def test_units_and_meaning_stand_at_the_plot(opened: Any) -> None:
     assert "Protocol: loss 2; probe 9f86d081884c7d65" in caption
 
 
-def test_data_behind_the_other_plots(opened: Any) -> None:
+def test_every_plot_has_a_download_of_the_data_behind_it(opened: Any) -> None:
+    plots = opened.evaluate("[...document.querySelectorAll('div.plot')].map((plot) => plot.id)")
+    assert plots == ["line-plot", "heat-plot", "phase-plot", "band-plot"]
+    for plot in plots:
+        assert len(download(opened, f"button[data-plot={plot}]")) > 2
     phases = download(opened, "#phase-csv")
     assert len(phases) == 61
     assert phases[1].startswith("toy,seed1,0,0,rankme_cov,resid_post,3,,43.125")
@@ -114,6 +124,31 @@ def test_data_behind_the_other_plots(opened: Any) -> None:
         "toy,seed1,states,0,0",
         "toy,seed1,states,1,32",
     ]
+
+
+def test_a_mean_over_layers_that_states_were_fitted_to_can_be_shown(
+    browser: Any, report_store: Store, tmp_path: Path
+) -> None:
+    shutil.copytree(report_store.root, tmp_path / "copy")
+    store = Store(tmp_path / "copy")
+    chosen = collect(store, "toy").chosen
+    assert chosen is not None
+    fitted = {**chosen, "metrics": ["rankme_cov[resid_post.mean]", "loss"]}
+    store.write("state_models", [fitted], series="toy", name=chosen["model"])
+    data = collect(store, "toy")
+    (mean,) = data.reduced
+    assert mean.name == "rankme_cov[resid_post.mean]"
+    # Layers lie 1 apart: their mean is 1.5 above layer 0; absent where one of them is.
+    assert mean.values[0] is not None
+    assert mean.values[0][:5] == [41.625, 40.625, 39.625, 38.625, None]
+    (tmp_path / "page.html").write_text(render_report(store, "toy"), encoding="utf-8")
+    page = browser.new_page()
+    open_report(page, tmp_path / "page.html")
+    page.locator("#line-layer").select_option(label="mean over layers")
+    assert page.evaluate("document.getElementById('line-plot').data[0].y[0]") == 41.625
+    assert "resid_post, mean over layers" in page.locator("#line-caption").inner_text()
+    assert download(page, "#line-csv")[1].startswith("toy,seed1,0,0,rankme_cov,resid_post,mean,,41.625")
+    page.close()
 
 
 def test_focus_is_visible(opened: Any) -> None:
@@ -150,7 +185,7 @@ def test_the_first_paragraph_answers_a_person_in_a_hurry(report_store: Store) ->
     assert points[0].more == (
         "Phase k is state k of a hidden Markov model: checkpoints that look alike in 2 metrics.",
         "3 phases were chosen among 1 to 5: they give the lowest BIC on held-out seed3.",
-        "Two metrics are few.",
+        "Caution: Two metrics are few.",
     )
 
 
@@ -195,8 +230,9 @@ def test_names_in_plain_words(name: str, words: str | None) -> None:
     assert in_words(name) == words
 
 
-def test_words_are_of_metrics_that_exist() -> None:
-    assert set(PLAIN) <= {metric.name for cls in load_all().values() for metric in cls.metrics}
+def test_every_documented_metric_has_plain_words() -> None:
+    measured = {metric.name for cls in load_all().values() for metric in cls.metrics}
+    assert set(PLAIN) == measured | {metric.name for metric in CROSSCODER_METRICS} | set(KNOWN)
 
 
 def test_a_state_entered_twice_counts_once(report_store: Store) -> None:
@@ -233,6 +269,53 @@ def test_the_summary_says_whether_smooth_curves_do_as_well(report_store: Store, 
     ]
     store.write("nulls", [], series="toy", name=model)
     assert point(store) == ("Not tested", True)
+
+
+def test_what_was_done_to_the_data_is_no_caution() -> None:
+    notes = ["metric l2 dropped: it is constant", "cap reached: K = 8", "metric x: 2 values are missing"]
+    chosen = {"parameters": json.dumps({"notes": notes})}
+    assert cautions(chosen) == ["Cap reached: K = 8."]
+    assert remarks(chosen) == ["Metric l2 dropped: it is constant.", "Metric x: 2 values are missing."]
+
+
+def test_scores_that_cannot_be_told_from_0_are_0_and_in_order_of_the_shifts() -> None:
+    moves = [("a", 4e-22, 0.1), ("b", 3e-22, -2.5), ("c", 0.0, 0.5), ("d", 1e-24, 1.0)]
+    edge = {"from": 0, "to": 1, "run": None, "shift": None}
+    rows = [
+        {**edge, "metric": name, "score": value, "rank": rank, "shift_scaled": scaled}
+        for rank, (name, value, scaled) in enumerate(moves, 1)
+    ]
+    assert [(row["metric"], score(row)) for row in strongest(rows)] == [
+        (name, "0 (below 0.001)") for name in "bdc"
+    ]
+    rows[0] |= {"score": 0.25}
+    assert next((row["metric"], score(row)) for row in strongest(rows)) == ("a", "0.25")
+    assert driver_lines(rows) == [
+        "0 -> 1: a +0.1 sd (score 0.25), b -2.5 sd (score 0 (below 0.001)), d +1 sd (score 0 (below 0.001))"
+    ]
+
+
+def test_a_phase_that_no_run_shows_has_no_per_cent(report_store: Store) -> None:
+    (place,) = places(collect(report_store, "toy"))
+    row = place.rows[0]
+    assert row.change_text("collapse") == "-25% (-33% to -18%)"
+    assert row.change_text("compression") == "not seen (within -10% to +11%)"
+    nowhere = replace(row, changes={"compression": (False, 0.0, -1e-17, 1e-17)})
+    assert nowhere.change_text("compression") == "not seen"
+
+
+@pytest.mark.parametrize(
+    ("shape", "preferred", "verdict"),
+    [
+        ("early-peak", "massive-growth", "early-peak"),
+        ("none", "step", "none: a step fits better"),
+        ("none", ABSENT, "none: most runs have neither an early peak nor a rise"),
+        ("mixed", ABSENT, "mixed: no class in most runs"),
+    ],
+)
+def test_a_class_of_growth_says_why(shape: str, preferred: str, verdict: str) -> None:
+    row = GrowthRow("m", "r", False, shape, preferred, ABSENT, None, None, ABSENT, None, None)
+    assert row.verdict == verdict
 
 
 def test_what_held_out_runs_alone_would_choose_is_said() -> None:
@@ -353,7 +436,7 @@ def test_a_map_wider_than_the_page_is_drawn_whole(report_store: Store, browser: 
     with ThreadPoolExecutor(1) as pool:
         drawn = pool.submit(draw_figures, store, "toy", "png", ["map"]).result()
     width, _ = struct.unpack(">II", drawn["map"][16:24])
-    assert width >= 3 * 0.8 * (5 * 188 + 4 * 104)  # five cards and the gaps between them
+    assert width >= 3 * 0.8 * (5 * 166 + 4 * 60)  # five cards and the gaps between them
     svg = ElementTree.fromstring(_drawn(store, "svg", ["map"])["map"])
     assert "State 4" in "".join(svg.itertext())
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from report_pages import download
+from report_pages import download, until
 
 from flows.report import render_report
 from flows.report.crosscoder import MOST_FEATURES
@@ -101,6 +102,7 @@ def fill(store: Store, features: int) -> None:
     metrics = [
         {
             "step": step,
+            "tokens": 512 * step,
             "analyzer": "ngram_kl",
             "metric": "unigram_kl",
             "value": 2.0 + s,
@@ -195,7 +197,7 @@ def opened(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]
         tab.on("dialog", lambda dialog: (troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
         tab.on("request", lambda request: requests.append(request.url))
         tab.goto(path.as_uri())
-        tab.wait_for_selector("#crosscoder-curve .main-svg", state="attached")
+        tab.wait_for_selector("html[data-ready]", state="attached")
         yield tab
         browser.close()
     assert troubles == []
@@ -215,7 +217,7 @@ def test_plots_show_the_data(opened: Any) -> None:
     assert drawn(opened, "crosscoder-births", "y") == [[4, 0, 2]]
     assert drawn(opened, "crosscoder-quality", "name") == [
         "explained variance",
-        "explained, held out",
+        "explained variance, held-out text",
         "loss increase",
     ]
     assert drawn(opened, "crosscoder-phases", "name") == ["dimensionality", "unigram_kl"]
@@ -234,16 +236,62 @@ def test_a_feature_has_a_page_with_its_contexts_as_text(opened: Any) -> None:
     assert drawn(opened, "crosscoder-curve", "y")[0] == [0.1, 0.2, 1]
 
 
-def test_the_features_drawn_can_be_downloaded(opened: Any) -> None:
-    opened.wait_for_selector("html[data-ready]", state="attached")
-    lines = download(opened, "#crosscoder-csv")
-    assert lines[0] == "run,feature,class,birth,peak,death,step,strength,beta,cosine"
-    assert len(lines) == 1 + 6 * 3
-    assert lines[1].startswith("r,")
-    assert ",0,1," in lines[1]
+def test_what_every_plot_shows_can_be_downloaded(opened: Any) -> None:
+    features = download(opened, "#crosscoder-heat-csv")
+    assert features[0] == "run,feature,class,birth,peak,death,step,strength,beta,cosine"
+    assert len(features) == 1 + 6 * 3
+    assert ",0,1," in features[1]
+    opened.locator("#crosscoder-feature").select_option(index=0)
+    assert download(opened, "#crosscoder-curve-csv") == features[:4]
+    assert download(opened, "#crosscoder-births-csv") == ["run,step,births", "r,0,4", "r,4,0", "r,16,2"]
+    quality = download(opened, "#crosscoder-quality-csv")
+    assert quality[:2] == [
+        "run,step,explained_variance,explained_held_out,loss_increase",
+        "r,0,0.9,0.8,0.25",
+    ]
+    room = download(opened, "#crosscoder-phases-csv")
+    assert room[0] == "run,step,quantity,value"
+    assert room[1:] == [f"r,{step},dimensionality,0.375" for step in STEPS] + [
+        f"r,{step},unigram_kl,{value}" for step, value in ((0, 2), (2, 3), (4, 4), (16, 5))
+    ]
+
+
+def _ends(page: Any, plot: str) -> list[float]:
+    found: list[float] = page.evaluate(f"document.getElementById('{plot}').layout.xaxis.range")
+    return found
+
+
+PLOTS = [f"crosscoder-{name}" for name in ("heat", "curve", "births", "quality", "phases")]
+
+
+def test_the_plots_follow_the_axis_and_the_zoom_of_all(opened: Any) -> None:
+    opened.get_by_label("Axis", exact=True).select_option("token")
+    assert drawn(opened, "crosscoder-quality", "x")[0] == pytest.approx([0.0, np.log10(5), np.log10(17)])
+    opened.get_by_label("Scale").select_option("linear")
+    tokens = [0, 4 * 512, 16 * 512]
+    assert drawn(opened, "crosscoder-quality", "x")[0] == tokens
+    assert drawn(opened, "crosscoder-phases", "x") == [tokens, [0, 2 * 512, 4 * 512, 16 * 512]]
+    opened.get_by_label("Axis", exact=True).select_option("step")
+    assert drawn(opened, "crosscoder-curve", "x")[0] == [0, 4, 16]
+    assert drawn(opened, "crosscoder-heat", "x")[0] == [-2, 2, 10, 22]
+    opened.get_by_label("Scale").select_option("log")
+    assert drawn(opened, "crosscoder-curve", "x")[0] == [
+        None,
+        pytest.approx(np.log10(4)),
+        pytest.approx(np.log10(16)),
+    ]
+    opened.evaluate("Plotly.relayout('line-plot', {'xaxis.range[0]': 1, 'xaxis.range[1]': 2})")
+    for plot in PLOTS:
+        until(opened, f"document.getElementById('{plot}').layout.xaxis.range[0] === 1")
+        assert _ends(opened, plot) == [1, 2]
+    opened.evaluate("Plotly.relayout('crosscoder-births', {'xaxis.range[0]': 0, 'xaxis.range[1]': 3})")
+    for plot in ("line-plot", "crosscoder-heat"):
+        until(opened, f"document.getElementById('{plot}').layout.xaxis.range[0] === 0")
+    opened.get_by_label("Scale").select_option("symlog")
+    assert _ends(opened, "crosscoder-births") != [0, 3]
 
 
 def test_the_theme_is_followed(opened: Any) -> None:
     before = opened.evaluate("document.getElementById('crosscoder-heat').layout.font.color")
-    opened.evaluate("document.documentElement.dataset.theme = 'dark'")
-    opened.wait_for_function(f"document.getElementById('crosscoder-heat').layout.font.color !== {before!r}")
+    opened.locator("#theme").click()
+    assert opened.evaluate("document.getElementById('crosscoder-heat').layout.font.color") != before
