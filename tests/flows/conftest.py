@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from flow_support import Cli, free_port
 from prefect.context import refresh_global_settings_context
@@ -21,6 +22,14 @@ from flows.cli import main
 from tasks.specimen.config import SpecimenConfig
 from tasks.specimen.data import prepare
 from tasks.specimen.train import train_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_checked_elsewhere() -> Iterator[None]:
+    """No checks of shapes within commands: analyzers have them in their own tests, here they take a third."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
 import pandas as pd
 import pytest
-from flow_support import TINY, Cli, counting, measured_rows, wait_for, watched
+from flow_support import TINY, Cli, measured_rows, wait_for
 from pandas.testing import assert_frame_equal
 from s3_support import SECRET, Bucket
 
@@ -36,17 +37,16 @@ def shared(
     """Root that two processes measured at the same time, this and another, and all that they printed."""
     root = f"{bucket.url}/shared"
     folder = tmp_path_factory.mktemp("workers")
-    log = folder / "passes"
     arguments = ["measure", f"dir:{tiny_series}", "--root", root, *STEPS, *TINY]
     scratch = {"ONTOGENY_SCRATCH": str(folder / "one"), "ONTOGENY_LOG": "DEBUG"}
     other = subprocess.Popen(
-        watched(counting, log, arguments),
+        [sys.executable, "-m", "flows.cli", *arguments],
         env=environment | bucket.environment | scratch,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_for(log.exists, other)
+    wait_for(lambda: bool(open_root(root).files("checkpoints")), other, pause=0.05)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONTOGENY_SCRATCH", str(folder / "two"))
         mine = cli(*arguments)
