@@ -23,7 +23,9 @@ def compiled(*, reorder: bool) -> Callable[[Callable[..., Any]], Any]:
             where the processor has it. Not-a-number stays what it is, so that faults show.
     """
     fast = {"reassoc", "contract", "nsz"} if reorder else {"contract"}
-    return lambda function: njit(nogil=True, cache=True, fastmath=fast)(inspect.unwrap(function))
+    # Division by zero as in numpy: a test for it at every step would keep a loop from vector instructions.
+    options = {"nogil": True, "cache": True, "fastmath": fast, "error_model": "numpy"}
+    return lambda function: njit(**options)(inspect.unwrap(function))
 
 
 def equal_cuts(count: int, parts: int) -> list[int]:
@@ -39,8 +41,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def over_ranges(work: Callable[[int, int], Any], cuts: Sequence[int]) -> list[Any]:
     """``work(begin, end)`` for every two neighbours in ``cuts``, on torch's number of threads, in order.
 
-    A range without an element is left out.
+    A range without an element is left out. What one thread is to do, the caller's does.
     """
-    pool = _pool(torch.get_num_threads())
-    futures = [pool.submit(work, begin, end) for begin, end in pairwise(cuts) if begin < end]
+    ranges = [(begin, end) for begin, end in pairwise(cuts) if begin < end]
+    threads = torch.get_num_threads()
+    if threads == 1 or len(ranges) == 1:
+        return [work(begin, end) for begin, end in ranges]
+    futures = [_pool(threads).submit(work, begin, end) for begin, end in ranges]
     return [future.result() for future in futures]

@@ -11,11 +11,10 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from analyzers.crosscoder.kernels import Pairs
+from analyzers.crosscoder.kernels import Descent, Pairs
 from analyzers.loops import compiled, equal_cuts, over_ranges
 
 _CHUNKS_PER_THREAD = 4
-_STRETCH = 32
 _CACHED = 1 << 18
 """Numbers of float32 that stay in a core's cache: 1 MB."""
 
@@ -33,10 +32,14 @@ class Compiled:
         dense = before.numpy(), factor.numpy(), least.numpy()
         counts = np.empty(before.shape[0], dtype=np.int64)
         cuts = equal_cuts(len(counts), _CHUNKS_PER_THREAD * torch.get_num_threads())
-        over_ranges(lambda begin, end: _count_over(*dense, counts, begin, end), cuts)
-        ends = counts.cumsum()
-        row, latent = np.empty((2, int(ends[-1])), dtype=np.int64)
-        over_ranges(lambda begin, end: _list_over(*dense, ends - counts, row, latent, begin, end), cuts)
+
+        def listed(begin: int, end: int) -> Any:
+            # Room for all of them: what is not written to takes no memory.
+            latent = np.empty((end - begin) * before.shape[1] + 1, dtype=np.int64)
+            return latent[: _list_over(*dense, counts, latent, begin, end)].copy()
+
+        latent = np.concatenate([np.empty(0, np.int64), *over_ranges(listed, cuts)])
+        row = np.repeat(np.arange(len(counts)), counts)
         return torch.from_numpy(row), torch.from_numpy(latent)
 
     def decode(
@@ -75,6 +78,37 @@ class Compiled:
         """See ``kernels.Kernels``."""
         _run(_sum_rows, pairs.latent_start, pairs.by_latent, pairs.row, values, rows, out, add)
 
+    def descend(
+        self,
+        pairs: Pairs,
+        values: Float[Tensor, "pairs groups"],
+        rows: Float[Tensor, "batch inputs"],
+        sums: Float[Tensor, "latents inputs"] | None,
+        weights: Float[Tensor, "latents inputs"],
+        mean: Float[Tensor, "latents inputs"],
+        square: Float[Tensor, "latents inputs"],
+        descent: Descent,
+    ) -> None:
+        """See ``kernels.Kernels``; a latent's gradient stays in the cache."""
+        first, second = descent.FIRST, descent.SECOND
+        # The biases of the means, taken off the rate and off the root.
+        rate = descent.rate / (1 - first**descent.number)
+        root = (1 - second**descent.number) ** -0.5
+        _run(
+            _descend_rows,
+            pairs.latent_start,
+            pairs.by_latent,
+            pairs.row,
+            values,
+            rows,
+            weights if sums is None else sums,
+            sums is not None,
+            weights,
+            mean,
+            square,
+            torch.tensor([first, second, rate, root, descent.EPSILON]),
+        )
+
     def columns(
         self, rows: Float[Tensor, "batch inputs"]
     ) -> tuple[Float64[Tensor, "inputs"], Float64[Tensor, "inputs"]]:
@@ -88,66 +122,89 @@ class Compiled:
 
 
 @compiled(reorder=True)
-def _hits(before: Any, factor: Any, least: Any, b: int, first: int, last: int) -> int:
-    """How many of a row's latents :meth:`Compiled.positive` gives, counted in floats as they are compared."""
-    count = np.float32(0)
-    for i in range(first, last):
-        hit = before[b, i] > 0 and before[b, i] * factor[i] >= least[i]
-        count += np.float32(1) if hit else np.float32(0)
-    return int(count)
+def _list_over(before: Any, factor: Any, least: Any, counts: Any, latent: Any, begin: int, end: int) -> Any:
+    """List the latents of :meth:`Compiled.positive` in ``latent`` (one longer), row after row; their number.
+
+    There is no branch, which the processor would often guess wrong.
+    """
+    at = np.int64(0)
+    for b in range(begin, end):
+        start = at
+        for i in range(before.shape[1]):
+            latent[at] = i
+            at += np.int64((before[b, i] > 0) & (before[b, i] * factor[i] >= least[i]))
+        counts[b] = at - start
+    return at
 
 
 @compiled(reorder=True)
-def _count_over(before: Any, factor: Any, least: Any, counts: Any, begin: int, end: int) -> None:
-    for b in range(begin, end):
-        counts[b] = _hits(before, factor, least, b, 0, before.shape[1])
-
-
-@compiled(reorder=True)
-def _list_over(
-    before: Any, factor: Any, least: Any, starts: Any, row: Any, latent: Any, begin: int, end: int
-) -> None:
-    """List them, from the row's start on; a stretch without any is passed over at once."""
-    for b in range(begin, end):
-        at = starts[b]
-        for first in range(0, before.shape[1], _STRETCH):
-            last = min(first + _STRETCH, before.shape[1])
-            if _hits(before, factor, least, b, first, last):
-                for i in range(first, last):
-                    if before[b, i] > 0 and before[b, i] * factor[i] >= least[i]:
-                        row[at] = b
-                        latent[at] = i
-                        at += 1
+def _add_row(starts: Any, order: Any, index: Any, values: Any, table: Any, b: int, out: Any) -> None:
+    """Onto ``out``: the sum of ``values[p] * table[index[p]]`` over the pairs of row b, four at a time."""
+    groups = values.shape[1]
+    width = len(out) // groups
+    for g in range(groups):
+        first, last = g * width, (g + 1) * width
+        total = out[first:last]
+        j = starts[b]
+        while j + 4 <= starts[b + 1]:
+            p, q, r, s = order[j], order[j + 1], order[j + 2], order[j + 3]
+            vp, vq, vr, vs = values[p, g], values[q, g], values[r, g], values[s, g]
+            tp, tq = table[index[p], first:last], table[index[q], first:last]
+            tr, ts = table[index[r], first:last], table[index[s], first:last]
+            for c in range(width):
+                total[c] += vp * tp[c] + vq * tq[c] + vr * tr[c] + vs * ts[c]
+            j += 4
+        while j < starts[b + 1]:
+            p = order[j]
+            vp, tp = values[p, g], table[index[p], first:last]
+            for c in range(width):
+                total[c] += vp * tp[c]
+            j += 1
 
 
 @compiled(reorder=True)
 def _sum_rows(
     starts: Any, order: Any, index: Any, values: Any, table: Any, out: Any, add: bool, begin: int, end: int
 ) -> None:
-    """Row b of ``out``: the sum of ``values[p] * table[index[p]]`` over its pairs, four at a time."""
-    groups = values.shape[1]
-    width = out.shape[1] // groups
+    """Row b of ``out``, or onto it: what :func:`_add_row` adds."""
     for b in range(begin, end):
-        for g in range(groups):
-            first, last = g * width, (g + 1) * width
-            total = out[b, first:last]
-            if not add:
-                total[:] = 0
-            j = starts[b]
-            while j + 4 <= starts[b + 1]:
-                p, q, r, s = order[j], order[j + 1], order[j + 2], order[j + 3]
-                vp, vq, vr, vs = values[p, g], values[q, g], values[r, g], values[s, g]
-                tp, tq = table[index[p], first:last], table[index[q], first:last]
-                tr, ts = table[index[r], first:last], table[index[s], first:last]
-                for c in range(width):
-                    total[c] += vp * tp[c] + vq * tq[c] + vr * tr[c] + vs * ts[c]
-                j += 4
-            while j < starts[b + 1]:
-                p = order[j]
-                vp, tp = values[p, g], table[index[p], first:last]
-                for c in range(width):
-                    total[c] += vp * tp[c]
-                j += 1
+        if not add:
+            out[b] = 0
+        _add_row(starts, order, index, values, table, b, out[b])
+
+
+@compiled(reorder=True)
+def _descend_rows(
+    starts: Any,
+    order: Any,
+    index: Any,
+    values: Any,
+    table: Any,
+    sums: Any,
+    add: bool,
+    weights: Any,
+    mean: Any,
+    square: Any,
+    numbers: Any,
+    begin: int,
+    end: int,
+) -> None:
+    """Adam with what :func:`_sum_rows` would write; ``numbers`` as :meth:`Compiled.descend` gives them."""
+    first, second, rate, root, epsilon = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    one = np.float32(1)
+    gradient = np.empty(weights.shape[1], np.float32)
+    for b in range(begin, end):
+        if add:
+            gradient[:] = sums[b]
+        else:
+            gradient[:] = 0
+        _add_row(starts, order, index, values, table, b, gradient)
+        w, m, v = weights[b], mean[b], square[b]
+        for c in range(len(gradient)):
+            g = gradient[c]
+            m[c] += (g - m[c]) * (one - first)
+            v[c] = second * v[c] + (one - second) * g * g
+            w[c] -= rate * m[c] / (np.sqrt(v[c]) * root + epsilon)
 
 
 @compiled(reorder=True)

@@ -9,12 +9,13 @@ stands for the g-th equal part of a row of weights or activations.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
+from torch.optim.adam import adam
 
 _DENSE_FROM = 1 / 12
 """Share of active pairs from which matrix products are faster than gathering (measured: 9 % on two cores)."""
@@ -71,6 +72,38 @@ def sum_by_latent(pairs: Pairs, values: Float[Tensor, "pairs groups"]) -> Float[
     return F.embedding_bag(pairs.by_latent, values, pairs.latent_start, mode="sum", include_last_offset=True)
 
 
+@dataclass(frozen=True)
+class Descent:
+    """A step of Adam (Kingma and Ba 2015, algorithm 1): its rate, and its number from 1 on."""
+
+    rate: float
+    number: int
+
+    FIRST: ClassVar = 0.9
+    SECOND: ClassVar = 0.999
+    EPSILON: ClassVar = 1e-8
+
+    def apply(self, weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> None:
+        """Move means and weights, in one fused pass over memory."""
+        steps_before = torch.tensor(self.number - 1.0, device=weights.device)
+        adam(
+            [weights],
+            [gradient],
+            [mean],
+            [square],
+            [],
+            [steps_before],
+            fused=True,
+            amsgrad=False,
+            beta1=self.FIRST,
+            beta2=self.SECOND,
+            lr=self.rate,
+            weight_decay=0.0,
+            eps=self.EPSILON,
+            maximize=False,
+        )
+
+
 @runtime_checkable
 class Kernels(Protocol):
     """What training needs of products with few active latents."""
@@ -114,6 +147,19 @@ class Kernels(Protocol):
         With features and the reconstruction's gradient it is the decoder's gradient; with the gradients of
         the encoder's outputs and its inputs it is the encoder's.
         """
+
+    def descend(
+        self,
+        pairs: Pairs,
+        values: Float[Tensor, "pairs groups"],
+        rows: Float[Tensor, "batch inputs"],
+        sums: Float[Tensor, "latents inputs"] | None,
+        weights: Float[Tensor, "latents inputs"],
+        mean: Float[Tensor, "latents inputs"],
+        square: Float[Tensor, "latents inputs"],
+        descent: Descent,
+    ) -> None:
+        """A step of Adam with the gradient ``sum_b v_bi rows_b``, more than ``sums`` if there are any."""
 
     def columns(
         self, rows: Float[Tensor, "batch inputs"]
@@ -171,6 +217,22 @@ class Dense:
             values.T, rows.chunk(groups, dim=1), out.chunk(groups, dim=1), strict=True
         ):
             into.addmm_(_scatter(pairs, column).T, part, beta=1.0 if add else 0.0)
+
+    def descend(
+        self,
+        pairs: Pairs,
+        values: Float[Tensor, "pairs groups"],
+        rows: Float[Tensor, "batch inputs"],
+        sums: Float[Tensor, "latents inputs"] | None,
+        weights: Float[Tensor, "latents inputs"],
+        mean: Float[Tensor, "latents inputs"],
+        square: Float[Tensor, "latents inputs"],
+        descent: Descent,
+    ) -> None:
+        """See :class:`Kernels`."""
+        gradient = torch.empty_like(weights) if sums is None else sums
+        self.weight_gradient(pairs, values, rows, gradient, add=sums is not None)
+        descent.apply(weights, gradient, mean, square)
 
     def columns(
         self, rows: Float[Tensor, "batch inputs"]
@@ -301,6 +363,19 @@ class _Fastest:
         add: bool = False,
     ) -> None:
         self._pick(pairs).weight_gradient(pairs, values, rows, out, add=add)
+
+    def descend(
+        self,
+        pairs: Pairs,
+        values: Float[Tensor, "pairs groups"],
+        rows: Float[Tensor, "batch inputs"],
+        sums: Float[Tensor, "latents inputs"] | None,
+        weights: Float[Tensor, "latents inputs"],
+        mean: Float[Tensor, "latents inputs"],
+        square: Float[Tensor, "latents inputs"],
+        descent: Descent,
+    ) -> None:
+        self._pick(pairs).descend(pairs, values, rows, sums, weights, mean, square, descent)
 
     def columns(
         self, rows: Float[Tensor, "batch inputs"]

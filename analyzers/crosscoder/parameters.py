@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyzers.crosscoder.kernels import Descent, Kernels, Pairs
 from analyzers.crosscoder.settings import TrainSettings
 from analyzers.crosscoder.shards import Shards
 
@@ -58,45 +59,92 @@ class Parameters:
         )
 
 
-class Optimiser:
-    """Adam (0.9, 0.999) on the parameters, one fused pass over memory, with the schedule of the settings."""
+@dataclass(frozen=True)
+class _Share:
+    """A matrix's gradient from some active pairs: ``sum_b v_bi rows_b``."""
 
-    def __init__(self, parameters: Parameters, settings: TrainSettings) -> None:
-        self.settings = settings
+    pairs: Pairs
+    values: Float[Tensor, "pairs groups"]
+    rows: Float[Tensor, "batch inputs"]
+
+
+class Optimiser:
+    """Adam (0.9, 0.999) with the schedule of the settings; gradients come in shares, of one step at a time.
+
+    Shares of a matrix but the last are summed up. The last is formed row by row where the row is updated:
+    most steps have no other, and then a gradient as large as the weights is neither written nor read.
+    """
+
+    def __init__(self, parameters: Parameters, settings: TrainSettings, kernels: Kernels) -> None:
+        self.settings, self.kernels = settings, kernels
         self.learned = {
             name: tensor
             for name, tensor in parameters.named()
             if name != "log_threshold" or settings.activation == "jumprelu"
         }
-        for tensor in self.learned.values():
-            tensor.grad = torch.zeros_like(tensor)
-        shares = {"log_threshold": settings.threshold_rate}
-        groups = [
-            {"params": [tensor], "share": shares.get(name, 1.0)} for name, tensor in self.learned.items()
-        ]
-        self.adam = torch.optim.Adam(groups, lr=settings.learning_rate, betas=(0.9, 0.999), fused=True)
+        self.steps = 0
+        self._moments = {
+            name: torch.zeros(2, *each.shape, device=each.device) for name, each in self.learned.items()
+        }
+        self._sums: dict[str, Tensor] = {}
+        self._last: dict[str, _Share] = {}
+
+    def begin(self) -> None:
+        """Forget the gradients of a step."""
+        self._sums.clear()
+        self._last.clear()
+
+    def take(
+        self,
+        name: str,
+        pairs: Pairs,
+        values: Float[Tensor, "pairs groups"],
+        rows: Float[Tensor, "batch inputs"],
+    ) -> None:
+        """A share of the gradient of ``decoder`` or ``encoder``: ``sum_b v_bi rows_b``."""
+        before = self._last.get(name)
+        if before is not None:
+            add = name in self._sums
+            into = self._sums.setdefault(name, torch.empty_like(self.learned[name]))
+            self.kernels.weight_gradient(before.pairs, before.values, before.rows, into, add=add)
+        self._last[name] = _Share(pairs, values, rows)
+
+    def onto(self, name: str) -> Tensor:
+        """Where to add a share that is dense."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(self.learned[name])
+        return self._sums[name]
 
     def step(self, step: int) -> None:
         """Apply the gradients as step number ``step``, the first of which is 0."""
+        self.steps += 1
         rate = self.settings.learning_rate * self.settings.rate(step)
-        for group in self.adam.param_groups:
-            group["lr"] = rate * group["share"]
-        self.adam.step()
+        for name, weights in self.learned.items():
+            descent = Descent(
+                rate * (self.settings.threshold_rate if name == "log_threshold" else 1.0), self.steps
+            )
+            mean, square = self._moments[name]
+            last, sums = self._last.get(name), self._sums.get(name)
+            if last is not None:
+                self.kernels.descend(last.pairs, last.values, last.rows, sums, weights, mean, square, descent)
+            elif sums is not None:
+                descent.apply(weights, sums, mean, square)
+        self.begin()
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's running means as tensors, empty before the first step."""
-        return {
-            f"adam.{name}.{kind}": self.adam.state[tensor][kind]
-            for name, tensor in self.learned.items()
-            for kind in ("step", "exp_avg", "exp_avg_sq")
-            if tensor in self.adam.state
-        }
+        if not self.steps:
+            return {}
+        found: dict[str, Tensor] = {}
+        for name, (mean, square) in self._moments.items():
+            found |= {f"adam.{name}.exp_avg": mean, f"adam.{name}.exp_avg_sq": square}
+            found[f"adam.{name}.step"] = torch.tensor(float(self.steps))
+        return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`moments` gave."""
-        for name, tensor in self.learned.items():
+        for name, (mean, square) in self._moments.items():
             if f"adam.{name}.step" in tensors:
-                self.adam.state[tensor] = {
-                    kind: tensors[f"adam.{name}.{kind}"].to(tensor.device, torch.float32, copy=True)
-                    for kind in ("step", "exp_avg", "exp_avg_sq")
-                }
+                self.steps = int(tensors[f"adam.{name}.step"])
+                mean.copy_(tensors[f"adam.{name}.exp_avg"])
+                square.copy_(tensors[f"adam.{name}.exp_avg_sq"])

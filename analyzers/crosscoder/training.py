@@ -119,7 +119,7 @@ class Trainer:
 
     def _place(self, parameters: Parameters) -> None:
         self.parameters = parameters
-        self.optimiser = Optimiser(parameters, self.settings)
+        self.optimiser = Optimiser(parameters, self.settings, self.kernels)
 
     @torch.no_grad()
     def step(self, rows: Float[Tensor, "batch inputs"]) -> StepReport:
@@ -152,8 +152,9 @@ class Trainer:
             zero.clone(),
             torch.zeros_like(dead),
         )
-        for number, part in enumerate(parts):
-            self._gradients(part, rows.shape[0], dead, sums, add=number > 0)
+        self.optimiser.begin()
+        for part in parts:
+            self._gradients(part, rows.shape[0], dead, sums)
         report = self._report(rows, dead, sums)
         self.optimiser.step(self.steps_done)
         self.idle = torch.where(sums.fired, 0, self.idle + rows.shape[0])
@@ -184,11 +185,9 @@ class Trainer:
             rate=self.settings.learning_rate * self.settings.rate(self.steps_done),
         )
 
-    def _gradients(
-        self, rows: Tensor, batch: int, dead: Bool[Tensor, "latents"], sums: _Sums, *, add: bool
-    ) -> None:
-        """Put the gradients of one part of a step into ``.grad`` (or onto it), and count what is reported."""
-        settings, p, kernels = self.settings, self.parameters, self.kernels
+    def _gradients(self, rows: Tensor, batch: int, dead: Bool[Tensor, "latents"], sums: _Sums) -> None:
+        """Give the gradients of one part of a step to the optimiser, and count what is reported."""
+        settings, p, kernels, optimiser = self.settings, self.parameters, self.kernels, self.optimiser
         before = self._before(rows)
         strengths = self._strengths()
         factors = factors_of(strengths, "shared" if settings.activation == "relu" else settings.gate)
@@ -207,16 +206,16 @@ class Trainer:
             sums.penalty += penalty.value
 
         sums_of_error, spread_of_error = kernels.columns(error)
-        _put(_grad(p.decoder_bias), sums_of_error * factor, add)
-        kernels.weight_gradient(pairs, values * factor, error, _grad(p.decoder), add=add)
-        self._into_encoder(active, features, rows, add=add)
+        optimiser.onto("decoder_bias").add_(sums_of_error * factor)
+        optimiser.take("decoder", pairs, values * factor, error)
+        self._into_encoder(active, features, rows)
         if penalty is not None:
-            through_norms(p.decoder, strengths, penalty.factors, _grad(p.decoder))
+            through_norms(p.decoder, strengths, penalty.factors, optimiser.onto("decoder"))
         if settings.activation == "jumprelu":
             threshold = p.log_threshold.exp()
             bandwidth = settings.bandwidth * self.unit
             found = log_threshold_gradient(active, factors, threshold, features, bandwidth)
-            _put(_grad(p.log_threshold), found, add)
+            optimiser.onto("log_threshold").add_(found)
         elif settings.activation == "batch-topk" and settings.auxiliary:
             sums.auxiliary += self._auxiliary(before, dead, error, rows, batch)
 
@@ -243,18 +242,17 @@ class Trainer:
         weight = self.settings.auxiliary / batch
         gradient = left * (2 * weight)
         features = self.kernels.feature_gradient(active.pairs, gradient, p.decoder, 1)
-        self.kernels.weight_gradient(active.pairs, values, gradient, _grad(p.decoder), add=True)
-        self._into_encoder(active, features, rows, add=True)
+        self.optimiser.take("decoder", active.pairs, values, gradient)
+        self._into_encoder(active, features, rows)
         return left.square().sum() * weight
 
     def _into_encoder(
-        self, active: GatedPairs, features: Float[Tensor, "pairs groups"], rows: Tensor, *, add: bool
+        self, active: GatedPairs, features: Float[Tensor, "pairs groups"], rows: Tensor
     ) -> None:
         """Gradients of features to the encoder: through open gates, whose outputs are all positive."""
         each = (features * active.open).sum(dim=1, keepdim=True)
-        p = self.parameters
-        self.kernels.weight_gradient(active.pairs, each, rows, _grad(p.encoder), add=add)
-        _put(_grad(p.encoder_bias), sum_by_latent(active.pairs, each)[:, 0], add)
+        self.optimiser.take("encoder", active.pairs, each, rows)
+        self.optimiser.onto("encoder_bias").add_(sum_by_latent(active.pairs, each)[:, 0])
 
     def _before(self, rows: Tensor) -> Float[Tensor, "batch latents"]:
         p, wanted = self.parameters, self.settings.matmul
@@ -383,15 +381,3 @@ class Trainer:
         trainer.steps_done = int(numbers["step"])
         trainer._cut_sum, trainer._cut_weight = numbers["cut_sum"], numbers["cut_weight"]
         return trainer
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def _put(out: Tensor, gradient: Tensor, add: bool) -> None:
-    if add:
-        out.add_(gradient)
-    else:
-        out.copy_(gradient)

@@ -1,9 +1,14 @@
 """Nearest neighbours: brute force, near-copies beside a large mean, duplicates."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from analyzers import neighbours
+from analyzers.neighbour_loops import limit_of_smallest
 from analyzers.neighbours import distinct, nearest
 
 
@@ -103,3 +108,26 @@ def test_the_first_of_equal_rows_stays() -> None:
     assert distinct(rows).tolist() == [0, 1, 4]
     assert distinct(rows.double()[:, :1]).tolist() == [0, 1]
     assert distinct(torch.zeros(0, 3)).tolist() == []
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60), st.integers(1, 70))
+def test_the_limit_of_the_smallest(values: list[float], k: int) -> None:
+    row = np.array(values, np.float32)
+    limit = limit_of_smallest(row, k)
+    if k > len(row):
+        assert limit == np.inf
+    else:
+        kth = np.sort(row)[k - 1]
+        assert (row[row <= limit] <= kth).all()
+        assert limit >= kth
+
+
+def test_rows_of_equal_keys_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randint(0, 2, (200, 5), generator=torch.Generator().manual_seed(0)).float()
+    kept = distinct(rows)
+    firsts: dict[tuple[float, ...], int] = {}
+    for number, row in enumerate(rows.tolist()):
+        firsts.setdefault(tuple(row), number)
+    assert kept.tolist() == list(firsts.values())
+    monkeypatch.setattr(neighbours, "row_keys", lambda bits, factors, keys: keys.fill(0))
+    assert distinct(rows).tolist() == kept.tolist()

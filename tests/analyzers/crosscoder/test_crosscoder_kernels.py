@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from analyzers.crosscoder.compiled import Compiled
-from analyzers.crosscoder.kernels import Bags, Dense, Kernels, Pairs, kernels_for, sum_by_latent
+from analyzers.crosscoder.kernels import Bags, Dense, Descent, Kernels, Pairs, kernels_for, sum_by_latent
 
 BATCH, LATENTS, WIDTH = 13, 24, 30
 
@@ -32,6 +32,15 @@ def where(mask: Tensor) -> Pairs:
     return Pairs.of(*torch.nonzero(mask, as_tuple=True), *mask.shape)
 
 
+def plain_adam(
+    gradient: Tensor, weights: Tensor, mean: Tensor, square: Tensor, rate: float, number: int
+) -> None:
+    """Algorithm 1 of Kingma and Ba (2015)."""
+    mean.copy_(0.9 * mean + 0.1 * gradient)
+    square.copy_(0.999 * square + 0.001 * gradient**2)
+    weights -= rate * (mean / (1 - 0.9**number)) / ((square / (1 - 0.999**number)).sqrt() + 1e-8)
+
+
 def check(kernels: Kernels, mask: Tensor, groups: int, device: str = "cpu") -> None:
     """Against autograd of the dense formula, and against the plain products."""
     generator = torch.Generator().manual_seed(groups)
@@ -56,6 +65,15 @@ def check(kernels: Kernels, mask: Tensor, groups: int, device: str = "cpu") -> N
             into = start.clone()
             each.weight_gradient(pairs, values, gradient, into, add=add)
             torch.testing.assert_close(into, by_weight + (start if add else 0), rtol=1e-5, atol=1e-5)
+    for number, sums in enumerate((None, start), 1):
+        descent, gradient_of_all = Descent(0.01, number), by_weight + (0 if sums is None else start)
+        state = [decoder, draw(LATENTS, WIDTH), draw(LATENTS, WIDTH).square()]
+        found_state, expected_state = ([each.clone() for each in state] for _ in range(2))
+        kernels.descend(
+            pairs, values, gradient, None if sums is None else sums.clone(), *found_state, descent
+        )
+        plain_adam(gradient_of_all, *expected_state, 0.01, number)
+        torch.testing.assert_close(found_state, expected_state, rtol=1e-5, atol=1e-5)
     before = draw(BATCH, LATENTS).relu()
     factor, least = draw(LATENTS).abs(), 0.5 * draw(LATENTS)
     row, latent = kernels.positive(before, factor, least)
@@ -98,7 +116,10 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         into = torch.zeros(50, 8192)
         Compiled().weight_gradient(pairs, values, rows, into)
         features = Compiled().feature_gradient(pairs, rows, decoder, 1)
-        return [Compiled().decode(pairs, values, decoder), features, into, *Compiled().columns(rows)]
+        state = [into.clone(), into.clone(), into.square()]
+        Compiled().descend(pairs, values, rows, None, *state, Descent(0.1, 3))
+        decoded = Compiled().decode(pairs, values, decoder)
+        return [decoded, features, into, *state, *Compiled().columns(rows)]
 
     threads = torch.get_num_threads()
     try:
