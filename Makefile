@@ -35,8 +35,10 @@ types: $(READY)
 layers: $(READY)
 	$(BIN)/lint-imports
 
+# In the order of their names: files with few tests, those of whole machines, take longest and must not come last.
 unit: $(READY)
-	$(BIN)/python -m pytest -m "not long and not gpu" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not long and not gpu" -n logical --maxprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder
 
 test-long: $(READY)  ## tests that take minutes each
 	$(BIN)/python -m pytest -m long

@@ -54,8 +54,14 @@ done
 "$python" -m prefect --no-prompt deploy --all --prefect-file deploy/prefect.yaml >"$PREFECT_HOME/deploy.log" 2>&1 ||
   { tail -n 20 "$PREFECT_HOME/deploy.log" >&2; exit 1; }
 echo "Prefect's page: http://$host:$port - Ctrl-C stops server and worker; logs are in $PREFECT_HOME"
+# Prefect's worker stops by an interrupt to itself, which what a script starts with & ignores. It has a process
+# group of its own, because a second interrupt, that of Ctrl-C, would kill it before it has told the server.
+interruptible='import os, signal, sys
+os.setpgid(0, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])'
 while kill -0 "$server" 2>/dev/null; do # a worker that dies is started again
-  "$python" -m prefect worker start --pool ontogeny --type process --limit "${RUNS:-1}" >>"$PREFECT_HOME/worker.log" 2>&1 &
+  "$python" -c "$interruptible" -m prefect worker start --pool ontogeny --type process --limit "${RUNS:-1}" >>"$PREFECT_HOME/worker.log" 2>&1 &
   worker=$!
   wait "$worker" || true
   sleep 1

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-install_import_hook("analyzers", "beartype.beartype")
+install_import_hook("analyzers", "shape_checks.checked")
 # On a busy machine, or at a first import, an example takes long: that says nothing of the code.
 settings.register_profile("patient", settings(), deadline=None, suppress_health_check=(HealthCheck.too_slow,))
 settings.load_profile("patient")

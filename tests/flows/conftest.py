@@ -11,13 +11,25 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from flow_support import Cli, free_port
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.context import refresh_global_settings_context
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 
 from flows.cli import main
 from tasks.specimen.config import SpecimenConfig
-from tasks.specimen.runs import train_all
+from tasks.specimen.data import prepare
+from tasks.specimen.train import train_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_checked_elsewhere() -> Iterator[None]:
+    """No checks of shapes within commands: analyzers have them in their own tests, here they take a third."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +70,23 @@ def environment(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def cli(prefect_server: str) -> Iterator[Cli]:
+def connected(prefect_server: str) -> Iterator[None]:
+    """All threads of this process and the processes that it starts talk to that server.
+
+    Settings of Prefect's own context would reach this thread alone: others would start servers of their own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", prefect_server)
+        refresh_global_settings_context()
+        yield
+        # While there is a server to take them: at exit, each of them would wait for one in vain.
+        EventsWorker.drain_all(timeout=20)
+        APILogWorker.drain_all(timeout=20)
+    refresh_global_settings_context()
+
+
+@pytest.fixture(scope="session")
+def cli(connected: None) -> Cli:
     """Call ``ontogeny`` as its console script does, but in this process: starting one takes long."""
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,8 +105,7 @@ def cli(prefect_server: str) -> Iterator[Cli]:
         assert isinstance(code, int)
         return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
-    with temporary_settings({PREFECT_API_URL: prefect_server}):
-        yield call
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +126,9 @@ def tiny_series(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch=2,
         warmup=2,
     )
-    train_all(config)
+    prepare(config)
+    for seed in range(config.seeds):
+        train_run(config, seed)  # in this process: training takes a second, a process to train in many
     return folder
 
 

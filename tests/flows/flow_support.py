@@ -2,11 +2,19 @@
 
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pytest
+import torch
+from transformers import GPTNeoXForCausalLM
 
+from analyzers.crosscoder.training import Trainer
 from flows.config import DEFAULT_ANALYZERS
 from storage import open_root
 
@@ -28,19 +36,68 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-# Runs the command line and appends a line to a file at every forward pass of a whole model.
-COUNTING = """
-import sys, torch
-from transformers import GPTNeoXForCausalLM
+@contextmanager
+def counting(log: Path) -> Iterator[None]:
+    """Append a line to a file at every forward pass of a whole model in this process."""
+
+    def count(module: torch.nn.Module, inputs: object, output: object) -> None:
+        if isinstance(module, GPTNeoXForCausalLM):
+            with log.open("a") as stream:
+                stream.write("pass\n")
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def stepping(log: Path) -> Iterator[None]:
+    """Append its number to a file at every step of a training in this process."""
+    step = Trainer.step
+
+    def counted(self: Trainer, rows: Any) -> Any:
+        report = step(self, rows)
+        with log.open("a") as stream:
+            stream.write(f"{report.step}\n")
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", counted)
+        yield
+
+
+_WATCHED = """
+import sys
+from pathlib import Path
+sys.path.append({here!r})
+from flow_support import {watch}
 from flows.cli import main
-def count(module, inputs, output):
-    if isinstance(module, GPTNeoXForCausalLM):
-        with open({log!r}, "a") as stream:
-            stream.write("pass\\n")
-torch.nn.modules.module.register_module_forward_hook(count)
 sys.argv = ["ontogeny", *{arguments!r}]
-main()
+with {watch}(Path({log!r})):
+    main()
 """
+
+
+def watched(watch: Callable[[Path], Any], log: Path, arguments: Sequence[str]) -> list[str]:
+    """A process that runs the command line within ``counting(log)`` or ``stepping(log)``."""
+    here = str(Path(__file__).parent)
+    script = _WATCHED.format(here=here, watch=watch.__name__, log=str(log), arguments=list(arguments))
+    return [sys.executable, "-c", script]
+
+
+def lines_in(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], pause: float = 0.002) -> None:
+    """Until it holds, while the process lives."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(pause)
 
 
 def measured_rows(root: Path | str, table: str) -> pd.DataFrame:

@@ -1,11 +1,7 @@
 """``ontogeny crosscoder`` end to end on a tiny series: its tables, its export, a kill, and bad usage."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from flow_support import TINY, Cli
+from flow_support import TINY, Cli, lines_in, stepping, wait_for, watched
 from safetensors.numpy import load_file
 
 from analyzers.adapters import Model
@@ -234,51 +230,22 @@ def test_a_second_call_computes_nothing_and_more_seeds_only_what_is_new(
     assert len(list(root.glob("tables/features/**/*.parquet"))) == count
 
 
-# Runs the command line and appends a line to a file at every step of the training.
-STEPPING = """
-import sys
-from analyzers.crosscoder.training import Trainer
-from flows.cli import main
-def counted(step):
-    def inner(self, rows):
-        report = step(self, rows)
-        with open({log!r}, "a") as stream:
-            stream.write(f"{{report.step}}\\n")
-        return report
-    return inner
-Trainer.step = counted(Trainer.step)
-sys.argv = ["ontogeny", *{arguments!r}]
-main()
-"""
-
-
 def test_kill_in_training_then_again_equals_undisturbed(
-    root: Path, tiny_series: Path, environment: dict[str, str], tmp_path: Path
+    root: Path, tiny_series: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
 ) -> None:
     log, other = tmp_path / "steps", tmp_path / "root"
     arguments = ["crosscoder", f"dir:{tiny_series}", "--root", str(other), *TRAINING, "--no-splice"]
     arguments += ["--set", "crosscoder.train.save_minutes=0"]
-    script = STEPPING.format(log=str(log), arguments=arguments)
-    first = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < 5:
-        assert time.monotonic() < deadline
-        assert first.poll() is None
-        time.sleep(0.002)
-    os.kill(first.pid, signal.SIGKILL)
+    first = subprocess.Popen(watched(stepping, log, arguments), env=environment, stderr=subprocess.DEVNULL)
+    wait_for(lambda: lines_in(log) >= 5, first)
+    first.kill()
     first.wait()
-    done = len(log.read_text().splitlines())
+    done = lines_in(log)
     (folder,) = folders(other)
     assert (folder / "state.safetensors").is_file()
     assert not (folder / "config.json").exists()
-    again = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    with stepping(log):
+        again = cli(*arguments)
     assert again.returncode == 0, again.stderr
     later = [int(line) for line in log.read_text().splitlines()][done:]
     assert later[0] > 3

@@ -1,16 +1,12 @@
 """The pool is filled while a series is measured: from the command line, after a kill, beside damage."""
 
-import os
 import re
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flow_support import COUNTING, TINY, Cli
+from flow_support import TINY, Cli, counting, lines_in, wait_for, watched
 
 from storage import open_root
 from storage.mirror import Mirror, repositories
@@ -120,49 +116,40 @@ def stored(root: Path) -> dict[str, tuple[PoolInfo, list[bytes]]]:
 
 
 def test_kill_then_again_equals_undisturbed(
-    undisturbed: Path, tiny_series: Path, environment: dict[str, str], tmp_path: Path
+    undisturbed: Path, tiny_series: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
 ) -> None:
     log, root = tmp_path / "passes", tmp_path / "root"
     arguments = ["measure", f"dir:{tiny_series}", "--root", str(root), *LOSS]
-    script = COUNTING.format(log=str(log), arguments=arguments)
-    first = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    first = subprocess.Popen(watched(counting, log, arguments), env=environment, stderr=subprocess.DEVNULL)
     # Two batches into the third checkpoint: some of its rows are written.
-    while not log.exists() or len(log.read_text().splitlines()) < 2 * BATCHES_PER_PASS + 2:
-        assert time.monotonic() < deadline
-        assert first.poll() is None
-        time.sleep(0.002)
-    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: lines_in(log) >= 2 * BATCHES_PER_PASS + 2, first)
+    first.kill()
     first.wait()
     complete = len(list(root.glob("pools/*/[!.]*/snapshot.json")))
     assert complete >= 2
-    before = len(log.read_text().splitlines())
-    again = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    before = lines_in(log)
+    with counting(log):
+        again = cli(*arguments)
     assert again.returncode == 0, again.stderr
     assert stored(root) == stored(undisturbed)
-    after = len(log.read_text().splitlines()) - before
+    after = lines_in(log) - before
     assert after <= (12 - complete + 1) * BATCHES_PER_PASS
     assert not list(root.glob("pools/*/.*"))
 
 
 def test_two_processes_share_the_work(
-    undisturbed: Path, tiny_series: Path, environment: dict[str, str], tmp_path: Path
+    undisturbed: Path, tiny_series: Path, environment: dict[str, str], cli: Cli, tmp_path: Path
 ) -> None:
-    root, logs = tmp_path / "root", [tmp_path / "one", tmp_path / "two"]
+    root, log, ours = tmp_path / "root", tmp_path / "one", tmp_path / "two"
     arguments = ["measure", f"dir:{tiny_series}", "--root", str(root), *LOSS]
-    scripts = [COUNTING.format(log=str(log), arguments=arguments) for log in logs]
-    both = [subprocess.Popen([sys.executable, "-c", script], env=environment) for script in scripts]
-    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    other = subprocess.Popen(watched(counting, log, arguments), env=environment)
+    wait_for(log.exists, other)
+    with counting(ours):
+        mine = cli(*arguments)
+    assert mine.returncode == 0, mine.stderr
+    assert other.wait(timeout=300) == 0
     assert stored(root) == stored(undisturbed)
-    passes = sum(len(log.read_text().splitlines()) for log in logs if log.exists())
-    assert passes == 12 * BATCHES_PER_PASS
+    assert lines_in(log) + lines_in(ours) == 12 * BATCHES_PER_PASS
 
 
 def test_downloads_have_what_the_pools_leave_of_the_budget(

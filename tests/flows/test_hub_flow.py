@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from flow_support import ALONE, COUNTING, TINY, Cli, measured_rows
+from flow_support import ALONE, TINY, Cli, counting, lines_in, measured_rows, wait_for, watched
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
@@ -249,44 +248,40 @@ def test_two_processes_share_the_work(
 ) -> None:
     alone = tmp_path / "alone"
     assert cli("measure", f"dir:{tiny_series}", "--root", str(alone), *ALONE, *TINY).returncode == 0
-    root, log = tmp_path / "root", tmp_path / "passes"
+    root, log, ours = tmp_path / "root", tmp_path / "one", tmp_path / "two"
     arguments = ["measure", f"dir:{tiny_series}", "--root", str(root), *ALONE, *TINY]
-    script = COUNTING.format(log=str(log), arguments=arguments)
-    both = [
-        subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in both:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-    assert len(log.read_text().splitlines()) == 12 * PER_PASS
+    other = subprocess.Popen(
+        watched(counting, log, arguments), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(log.exists, other)
+    with counting(ours):
+        mine = cli(*arguments)
+    assert mine.returncode == 0, mine.stderr
+    _, errors = other.communicate(timeout=200)
+    assert other.returncode == 0, errors
+    assert lines_in(log) + lines_in(ours) == 12 * PER_PASS
     for table in ("metrics", "spectra"):
         assert_frame_equal(measured_rows(root, table), measured_rows(alone, table))
 
 
 def test_kill_in_a_download_then_again_equals_undisturbed(
-    tiny_series: Path, from_folder: Path, environment: dict[str, str], tmp_path: Path
+    tiny_series: Path,
+    from_folder: Path,
+    environment: dict[str, str],
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = tmp_path / "root"
     command = [sys.executable, "-m", "flows.cli", *hub_arguments(root)]
     with Mirror(repositories(tiny_series, "specimen"), bytes_per_second=400_000) as slow:
         first = subprocess.Popen(command, env=environment | {"HF_ENDPOINT": slow.url})
-        deadline = time.monotonic() + 120
-        while scratch_bytes(root, "tiny") < 100_000:
-            assert time.monotonic() < deadline
-            assert first.poll() is None
-            time.sleep(0.005)
-        os.kill(first.pid, signal.SIGKILL)
+        wait_for(lambda: scratch_bytes(root, "tiny") >= 100_000, first)
+        first.kill()
         first.wait()
     with Mirror(repositories(tiny_series, "specimen")) as mirror:
-        again = subprocess.run(
-            command,
-            env=environment | {"HF_ENDPOINT": mirror.url},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        monkeypatch.setenv("HF_ENDPOINT", mirror.url)
+        again = cli(*hub_arguments(root))
     assert again.returncode == 0, again.stderr
     for table in ("metrics", "spectra"):
         ours = measured_rows(root, table).drop(columns=["run"])

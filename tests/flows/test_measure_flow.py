@@ -1,12 +1,8 @@
 """Measuring end to end: tables, a second call, damage, and a kill at any moment."""
 
 import json
-import os
 import re
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import pandas as pd
 import polars
 import pyarrow.dataset
 import pytest
-from flow_support import ALONE, COUNTING, TINY, Cli, measured_rows
+from flow_support import ALONE, TINY, Cli, counting, lines_in, measured_rows, wait_for, watched
 from pandas.testing import assert_frame_equal
 
 from flows.config import DEFAULT_ANALYZERS
@@ -113,26 +109,22 @@ def test_dry_run_says_what_is_missing(undisturbed: Path, tiny_series: Path, cli:
     assert "weights" not in done.stdout.replace("of weights to read", "")
 
 
-@pytest.mark.parametrize("passes", [1, pytest.param(7, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [1, pytest.param(7, marks=pytest.mark.long)])
 def test_kill_then_again_equals_undisturbed(
-    passes: int, undisturbed: Path, tiny_series: Path, environment: dict[str, str], tmp_path: Path
+    number: int, undisturbed: Path, tiny_series: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     log = tmp_path / "passes"
     root = tmp_path / "root"
     arguments = ["measure", f"dir:{tiny_series}", "--root", str(root), *TINY]
-    script = COUNTING.format(log=str(log), arguments=arguments)
-    first = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < passes * BATCHES_PER_PASS:
-        assert time.monotonic() < deadline
-        assert first.poll() is None
-        time.sleep(0.002)
-    os.kill(first.pid, signal.SIGKILL)
+    command = watched(counting, log, arguments)
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    wait_for(lambda: lines_in(log) >= number * BATCHES_PER_PASS, first)
+    first.kill()
     first.wait()
     complete = len(list(root.glob("tables/metrics/**/loss-*.parquet")))
-    before = len(log.read_text().splitlines())
+    before = lines_in(log)
     again = subprocess.run(
-        [sys.executable, "-c", script],
+        command,
         env=environment,
         capture_output=True,
         text=True,
@@ -142,10 +134,10 @@ def test_kill_then_again_equals_undisturbed(
     assert again.returncode == 0, again.stderr
     for table in ("metrics", "spectra"):
         assert_frame_equal(measured_rows(root, table), measured_rows(undisturbed, table))
-    after = len(log.read_text().splitlines()) - before
+    after = lines_in(log) - before
     # Whatever was stored is not run again, but for the two that the next one is compared with.
     assert after <= (CHECKPOINTS - complete + 2) * BATCHES_PER_PASS
-    assert complete >= passes - 1
+    assert complete >= number - 1
 
 
 def test_one_damaged_checkpoint_is_named_and_the_others_go_on(

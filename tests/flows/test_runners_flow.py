@@ -75,7 +75,14 @@ def test_every_runner_gives_the_same_tables(
     assert_same(tmp_path, alone)
 
 
-@pytest.mark.parametrize("spread", [(), ("--runner", "processes", "--workers", "2")], ids=["flow", "workers"])
+# What crosses the border of a process is tested above; each process takes many seconds to start.
+SPREADS = [
+    pytest.param(("--runner", "threads", "--workers", "2"), id="threads"),
+    pytest.param(("--runner", "processes", "--workers", "2"), id="processes", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("spread", [pytest.param((), id="flow"), *SPREADS])
 def test_sequences_split_over_devices_give_equal_rows(
     spread: tuple[str, ...], alone: Path, tiny_series: Path, cli: Cli, tmp_path: Path
 ) -> None:
@@ -104,12 +111,12 @@ def test_devices_are_dealt_to_workers() -> None:
     assert dealt((), 0, 2) == ()
 
 
+@pytest.mark.parametrize("spread", SPREADS)
 def test_a_broken_checkpoint_is_recorded_and_the_others_are_measured(
-    series: Path, alone: Path, cli: Cli, tmp_path: Path
+    spread: tuple[str, ...], series: Path, cli: Cli, tmp_path: Path
 ) -> None:
     weights = series / "seed0" / "step1" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    spread = ("--runner", "processes", "--workers", "2")
     root = tmp_path / "root"
     done = cli("measure", f"dir:{series}", "--root", str(root), *SMALL, *spread)
     assert done.returncode == 1
@@ -195,7 +202,7 @@ def test_workers_end_with_the_flow_and_the_next_call_equals_one_undisturbed(
     _, alive = psutil.wait_procs(workers, timeout=120)
     assert not alive
     assert open_root(tmp_path).table("failures").to_pandas().empty
-    done = cli(*call, *spread)
+    done = cli(*call)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path, alone)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pandas as pd
 import pytest
-from flow_support import TINY, Cli, measured_rows
+from flow_support import TINY, Cli, measured_rows, wait_for
 from pandas.testing import assert_frame_equal
 from s3_support import SECRET, Bucket
 
@@ -28,27 +28,31 @@ def local(tiny_series: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def shared(
-    tiny_series: Path, bucket: Bucket, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    tiny_series: Path,
+    bucket: Bucket,
+    environment: dict[str, str],
+    cli: Cli,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, str]:
-    """Root that two processes measured at the same time, and all that they printed."""
+    """Root that two processes measured at the same time, this and another, and all that they printed."""
     root = f"{bucket.url}/shared"
     folder = tmp_path_factory.mktemp("workers")
-    command = [sys.executable, "-m", "flows.cli", "measure", f"dir:{tiny_series}", "--root", root]
-    workers = [
-        subprocess.Popen(
-            [*command, *STEPS, *TINY],
-            env=environment
-            | bucket.environment
-            | {"ONTOGENY_SCRATCH": str(folder / name), "ONTOGENY_LOG": "DEBUG"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name in ("one", "two")
-    ]
-    printed = [worker.communicate(timeout=240)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], printed
-    return root, "".join(printed)
+    arguments = ["measure", f"dir:{tiny_series}", "--root", root, *STEPS, *TINY]
+    scratch = {"ONTOGENY_SCRATCH": str(folder / "one"), "ONTOGENY_LOG": "DEBUG"}
+    other = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        env=environment | bucket.environment | scratch,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: bool(open_root(root).files("checkpoints")), other, pause=0.05)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONTOGENY_SCRATCH", str(folder / "two"))
+        mine = cli(*arguments)
+    printed = other.communicate(timeout=240)[0]
+    assert (other.returncode, mine.returncode) == (0, 0), printed + mine.stderr
+    return root, printed + mine.stdout + mine.stderr
 
 
 def test_two_workers_on_one_store_give_the_tables_of_one_local_run(

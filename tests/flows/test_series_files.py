@@ -1,11 +1,8 @@
 """Every shipped series file loads, round-trips, and plans against repositories of the very names it has."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,8 @@ from transformers import (
 )
 
 from flows.config import SERIES_FOLDER, from_toml, resolve, shipped
+from flows.measure import plan_series
+from storage import open_root
 from storage.mirror import Mirror, MirrorRequest
 from storage.series import HubSource
 
@@ -50,22 +49,6 @@ LAST_TOKENS = {
     "olmo-1b": 3_094 * 10**9,
     "olmo-2-1b": 1_907_359 * 2_097_152,
 }
-
-PLAN = """
-import json, sys
-from flows.config import resolve, shipped
-from flows.measure import plan_series
-from storage import open_root
-
-root = sys.argv[1]
-plans = {}
-for name in shipped():
-    config = resolve(name)
-    lines = [line.model_dump() for line in plan_series(config, root)]
-    recorded = open_root(root).table("checkpoints", name).to_pylist()
-    plans[name] = {"lines": lines, "tokens": {f"{r['run']}/{r['revision']}": r["tokens"] for r in recorded}}
-print(json.dumps(plans))
-"""
 
 
 class Watched(Mirror):
@@ -99,7 +82,7 @@ def _save(model_class: Any, config: Any, folder: Path, seed: int, tokenizer: Pre
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The plans of all shipped series, made against tiny models in a process of its own."""
+    """The plans of all shipped series, made against tiny models."""
     base = tmp_path_factory.mktemp("series-files")
     texts = [json.loads(line)["text"] for line in PROBE_TEXT.read_text(encoding="utf-8").splitlines()]
     tokenizer = _tokenizer(texts)
@@ -125,21 +108,16 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         source = resolve(name).source
         if isinstance(source, HubSource):
             repos |= dict.fromkeys(source.repos.values(), base / _kind(name))
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    with Watched(repos) as mirror:
-        environment = kept | {"HF_ENDPOINT": mirror.url, "HF_HOME": str(base / "home")}
-        done = subprocess.run(
-            [sys.executable, "-c", PLAN, str(root)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    plans: dict[str, Any] = {}
+    with Watched(repos) as mirror, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", mirror.url)
+        for name in shipped():
+            lines = [line.model_dump() for line in plan_series(resolve(name), str(root))]
+            recorded = open_root(root).table("checkpoints", name).to_pylist()
+            tokens = {f"{row['run']}/{row['revision']}": row["tokens"] for row in recorded}
+            plans[name] = {"lines": lines, "tokens": tokens}
         assert mirror.weights == []
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result | {"sizes": sizes | {"specimen": sizes["pythia"]}}
+    return plans | {"sizes": sizes | {"specimen": sizes["pythia"]}}
 
 
 def test_the_promised_series_are_shipped() -> None:

@@ -127,6 +127,8 @@ def started(home: Path, **more: str) -> Iterator[Machine]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(120)
+    # Not killed after half a minute: it had time to tell the server what becomes of its runs.
+    assert "stopped!" in (home / "worker.log").read_text()
 
 
 def test_a_run_through_the_api_fills_the_tables(machine: Machine, tiny_series: Path) -> None:

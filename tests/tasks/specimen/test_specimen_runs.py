@@ -57,7 +57,7 @@ train_all(SpecimenConfig.model_validate_json(sys.argv[1]), lambda *event: print(
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_no_process_outlives_its_parent(tiny: Make, number: signal.Signals) -> None:
     config = tiny(steps=1_000_000, seeds=1, every=100_000)
     command = [sys.executable, "-c", PARENT, config.model_dump_json()]
