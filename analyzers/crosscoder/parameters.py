@@ -86,12 +86,13 @@ class Optimiser:
         self._moments = {
             name: torch.zeros(2, *each.shape, device=each.device) for name, each in self.learned.items()
         }
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # kept from step to step; new memory is slow
+        self._begun: set[str] = set()
         self._last: dict[str, _Share] = {}
 
     def begin(self) -> None:
         """Forget the gradients of a step."""
-        self._sums.clear()
+        self._begun.clear()
         self._last.clear()
 
     def take(
@@ -104,15 +105,22 @@ class Optimiser:
         """A share of the gradient of ``decoder`` or ``encoder``: ``sum_b v_bi rows_b``."""
         before = self._last.get(name)
         if before is not None:
-            add = name in self._sums
-            into = self._sums.setdefault(name, torch.empty_like(self.learned[name]))
+            into, add = self._sum(name), name in self._begun
             self.kernels.weight_gradient(before.pairs, before.values, before.rows, into, add=add)
+            self._begun.add(name)
         self._last[name] = _Share(pairs, values, rows)
 
     def onto(self, name: str) -> Tensor:
         """Where to add a share that is dense."""
+        into = self._sum(name)
+        if name not in self._begun:
+            into.zero_()
+            self._begun.add(name)
+        return into
+
+    def _sum(self, name: str) -> Tensor:
         if name not in self._sums:
-            self._sums[name] = torch.zeros_like(self.learned[name])
+            self._sums[name] = torch.empty_like(self.learned[name])
         return self._sums[name]
 
     def step(self, step: int) -> None:
@@ -120,11 +128,10 @@ class Optimiser:
         self.steps += 1
         rate = self.settings.learning_rate * self.settings.rate(step)
         for name, weights in self.learned.items():
-            descent = Descent(
-                rate * (self.settings.threshold_rate if name == "log_threshold" else 1.0), self.steps
-            )
+            share = self.settings.threshold_rate if name == "log_threshold" else 1.0
+            descent = Descent(rate * share, self.steps)
             mean, square = self._moments[name]
-            last, sums = self._last.get(name), self._sums.get(name)
+            last, sums = self._last.get(name), self._sums[name] if name in self._begun else None
             if last is not None:
                 self.kernels.descend(last.pairs, last.values, last.rows, sums, weights, mean, square, descent)
             elif sums is not None:
