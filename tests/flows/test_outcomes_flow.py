@@ -105,8 +105,8 @@ def test_the_report_shows_the_models_mean_beside_the_observed_one(fitted: tuple[
     means = store.table("state_means", "planted").to_pandas().set_index(["state", "metric"])["mean"]
     values = store.table("metrics", "planted").wide(metrics=["loss"]).merge(states, on=["run", "step"])
     for state, part in values.groupby("state"):
-        observed, model = float(f"{part['loss'].mean():.3g}"), float(f"{means[state, 'loss']:.3g}")
-        numbers = "".join(f'<td class="num">{value:g}</td>' for value in (observed, len(part), model))
+        shown = (part["loss"].mean(), len(part), means[state, "loss"])
+        numbers = "".join(f'<td class="num">{value:.5g}</td>' for value in shown)
         assert numbers in page
 
 
