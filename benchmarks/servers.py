@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefect.events.worker import EventsWorker
+
 
 def free_port() -> int:
     """A port of loopback that nobody listens at."""
@@ -46,6 +48,8 @@ def server(home: Path, database: str | None = None, seconds: float = 180) -> Ite
                 time.sleep(0.5)
             yield url
         finally:
+            # This process's events, while there is a server to take them: later ones would wait behind them.
+            EventsWorker.drain_all(timeout=20)
             process.terminate()
             process.wait(60)
 
