@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from analyzers.extreme_loops import bracketed, sweep
-from analyzers.loops import equal_cuts, over_ranges
+from analyzers.loops import over_threads
 from analyzers.reductions import Batch, real
 
 TOP = 3
@@ -33,7 +33,7 @@ def lower_median(values: Float[Tensor, "rows n"]) -> Float[Tensor, "rows"]:
         for row in range(start, end):
             medians[row] = _median_of(rows[row])
 
-    over_ranges(work, equal_cuts(len(rows), torch.get_num_threads()))
+    over_threads(work, len(rows))
     return torch.from_numpy(medians)
 
 
@@ -69,7 +69,7 @@ def maxima_and_energy(
         for each in range(start, end):
             sweep(rows[each], bits[each], maxima[each], squares[each])
 
-    over_ranges(work, equal_cuts(sequences, torch.get_num_threads()))
+    over_threads(work, sequences)
     return largest, energy.sum(0)
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from analyzers.loops import compiled, equal_cuts, over_ranges
+from analyzers.loops import compiled, over_threads
 from analyzers.reductions import Batch, real
 from analyzers.single_floats import exponential, largest
 
@@ -50,7 +50,7 @@ def _in_the_cache(
             wide = logits[part].float().contiguous().numpy()
             _sweep(wide, wide.view(np.int32), chosen[part], filled[:, part])
 
-    over_ranges(work, equal_cuts(len(logits), torch.get_num_threads()))
+    over_threads(work, len(logits))
     return found
 
 

@@ -38,6 +38,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="loops")
 
 
+def over_threads(work: Callable[[int, int], Any], count: int) -> list[Any]:
+    """``over_ranges`` with an equal part of ``range(count)`` for each of torch's threads."""
+    return over_ranges(work, equal_cuts(count, torch.get_num_threads()))
+
+
 def over_ranges(work: Callable[[int, int], Any], cuts: Sequence[int]) -> list[Any]:
     """``work(begin, end)`` for every two neighbours in ``cuts``, on torch's number of threads, in order.
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from analyzers.loops import equal_cuts, over_ranges
+from analyzers.loops import over_threads
 from analyzers.neighbour_loops import centred, nearest_of_block, row_keys, two_nearest_inside
 
 # Numbers in one block of work: 8 MB in float32.
@@ -64,7 +64,6 @@ def nearest(
     distance = torch.empty(n, k, dtype=torch.float64)
     index = torch.empty(n, k, dtype=torch.int64)
     filled = distance.numpy(), index.numpy()
-    threads = torch.get_num_threads()  # rows are worked on one by one, whatever the parts
     share, floor = (width + 24) * _UNIT, width * _TINY
     step = min(n, max(1, block // n))
     products = torch.empty(step, n)  # made once: new memory takes a fifth of the time of the products
@@ -75,7 +74,7 @@ def nearest(
         def fill(first: int, last: int, start: int = start, dots: Any = dots) -> None:
             nearest_of_block(exact, dots[first:last], norms, start + first, share, floor, *filled)
 
-        over_ranges(fill, equal_cuts(len(dots), threads))
+        over_threads(fill, len(dots))
     return distance, index
 
 
@@ -89,7 +88,7 @@ def _centred(rows: Any) -> tuple[Float[Tensor, "n width"], Any]:
     def fill(start: int, end: int) -> None:
         centred(rows[start:end], mean, factor, filled[start:end], norms[start:end])
 
-    over_ranges(fill, equal_cuts(len(rows), torch.get_num_threads()))
+    over_threads(fill, len(rows))
     return points, norms
 
 
@@ -105,17 +104,15 @@ def two_nearest(
     looked up in the members' own lists, some 16 look-ups each.
     """
     first, second = torch.empty_like(distance), torch.empty_like(distance)
-    exact, lists = (
-        _contiguous(rows),
-        (_contiguous(distance), _contiguous(index.int())),
-    )  # half as much to read
+    exact = _contiguous(rows)
+    lists = _contiguous(distance), _contiguous(index.int())  # half as much to read
     one, two = first.numpy(), second.numpy()
 
     def fill(start: int, end: int) -> int:
         computed: int = two_nearest_inside(exact, *lists, start, one[start:end], two[start:end])
         return computed
 
-    return first, second, sum(over_ranges(fill, equal_cuts(len(rows), torch.get_num_threads())))
+    return first, second, sum(over_threads(fill, len(rows)))
 
 
 def _contiguous(values: Tensor) -> Any:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyzers.loops import compiled, equal_cuts, over_ranges
+from analyzers.loops import compiled, over_threads
 from analyzers.single_floats import exponential, largest
 
 
@@ -40,7 +40,7 @@ def softmax_(logits: Float[Tensor, "*rows keys"]) -> RowStatistics:
     def work(start: int, end: int) -> None:
         _sweep(rows[start:end], rows[start:end].view(np.int32), filled[:, start:end])
 
-    over_ranges(work, equal_cuts(len(rows), torch.get_num_threads()))
+    over_threads(work, len(rows))
     return RowStatistics(*(each.view(shape) for each in found))
 
 

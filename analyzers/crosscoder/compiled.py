@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from analyzers.crosscoder.kernels import Descent, Pairs
+from analyzers.crosscoder.kernels import Descent, Learned, Pairs, Share
 from analyzers.loops import compiled, equal_cuts, over_ranges
 
 _CHUNKS_PER_THREAD = 4
@@ -80,13 +80,9 @@ class Compiled:
 
     def descend(
         self,
-        pairs: Pairs,
-        values: Float[Tensor, "pairs groups"],
-        rows: Float[Tensor, "batch inputs"],
+        share: Share,
         sums: Float[Tensor, "latents inputs"] | None,
-        weights: Float[Tensor, "latents inputs"],
-        mean: Float[Tensor, "latents inputs"],
-        square: Float[Tensor, "latents inputs"],
+        learned: Learned,
         descent: Descent,
     ) -> None:
         """See ``kernels.Kernels``; a latent's gradient stays in the cache."""
@@ -96,16 +92,16 @@ class Compiled:
         root = (1 - second**descent.number) ** -0.5
         _run(
             _descend_rows,
-            pairs.latent_start,
-            pairs.by_latent,
-            pairs.row,
-            values,
-            rows,
-            weights if sums is None else sums,
+            share.pairs.latent_start,
+            share.pairs.by_latent,
+            share.pairs.row,
+            share.values,
+            share.rows,
+            learned.weights if sums is None else sums,
             sums is not None,
-            weights,
-            mean,
-            square,
+            learned.weights,
+            learned.mean,
+            learned.square,
             torch.tensor([first, second, rate, root, descent.EPSILON]),
         )
 

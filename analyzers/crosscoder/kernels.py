@@ -73,6 +73,24 @@ def sum_by_latent(pairs: Pairs, values: Float[Tensor, "pairs groups"]) -> Float[
 
 
 @dataclass(frozen=True)
+class Share:
+    """A matrix's gradient from some active pairs: ``sum_b v_bi rows_b``."""
+
+    pairs: Pairs
+    values: Float[Tensor, "pairs groups"]
+    rows: Float[Tensor, "batch inputs"]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A parameter, and Adam's running means of its gradient and of the gradient's square."""
+
+    weights: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
 class Descent:
     """A step of Adam (Kingma and Ba 2015, algorithm 1): its rate, and its number from 1 on."""
 
@@ -83,14 +101,14 @@ class Descent:
     SECOND: ClassVar = 0.999
     EPSILON: ClassVar = 1e-8
 
-    def apply(self, weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> None:
+    def apply(self, learned: Learned, gradient: Tensor) -> None:
         """Move means and weights, in one fused pass over memory."""
-        steps_before = torch.tensor(self.number - 1.0, device=weights.device)
+        steps_before = torch.tensor(self.number - 1.0, device=learned.weights.device)
         adam(
-            [weights],
+            [learned.weights],
             [gradient],
-            [mean],
-            [square],
+            [learned.mean],
+            [learned.square],
             [],
             [steps_before],
             fused=True,
@@ -150,16 +168,12 @@ class Kernels(Protocol):
 
     def descend(
         self,
-        pairs: Pairs,
-        values: Float[Tensor, "pairs groups"],
-        rows: Float[Tensor, "batch inputs"],
+        share: Share,
         sums: Float[Tensor, "latents inputs"] | None,
-        weights: Float[Tensor, "latents inputs"],
-        mean: Float[Tensor, "latents inputs"],
-        square: Float[Tensor, "latents inputs"],
+        learned: Learned,
         descent: Descent,
     ) -> None:
-        """A step of Adam with the gradient ``sum_b v_bi rows_b``, more than ``sums`` if there are any."""
+        """A step of Adam with a share of the gradient, more than ``sums`` if there are any."""
 
     def columns(
         self, rows: Float[Tensor, "batch inputs"]
@@ -220,19 +234,15 @@ class Dense:
 
     def descend(
         self,
-        pairs: Pairs,
-        values: Float[Tensor, "pairs groups"],
-        rows: Float[Tensor, "batch inputs"],
+        share: Share,
         sums: Float[Tensor, "latents inputs"] | None,
-        weights: Float[Tensor, "latents inputs"],
-        mean: Float[Tensor, "latents inputs"],
-        square: Float[Tensor, "latents inputs"],
+        learned: Learned,
         descent: Descent,
     ) -> None:
         """See :class:`Kernels`."""
-        gradient = torch.empty_like(weights) if sums is None else sums
-        self.weight_gradient(pairs, values, rows, gradient, add=sums is not None)
-        descent.apply(weights, gradient, mean, square)
+        gradient = torch.empty_like(learned.weights) if sums is None else sums
+        self.weight_gradient(share.pairs, share.values, share.rows, gradient, add=sums is not None)
+        descent.apply(learned, gradient)
 
     def columns(
         self, rows: Float[Tensor, "batch inputs"]
@@ -366,16 +376,12 @@ class _Fastest:
 
     def descend(
         self,
-        pairs: Pairs,
-        values: Float[Tensor, "pairs groups"],
-        rows: Float[Tensor, "batch inputs"],
+        share: Share,
         sums: Float[Tensor, "latents inputs"] | None,
-        weights: Float[Tensor, "latents inputs"],
-        mean: Float[Tensor, "latents inputs"],
-        square: Float[Tensor, "latents inputs"],
+        learned: Learned,
         descent: Descent,
     ) -> None:
-        self._pick(pairs).descend(pairs, values, rows, sums, weights, mean, square, descent)
+        self._pick(share.pairs).descend(share, sums, learned, descent)
 
     def columns(
         self, rows: Float[Tensor, "batch inputs"]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyzers.crosscoder.kernels import Descent, Kernels, Pairs
+from analyzers.crosscoder.kernels import Descent, Kernels, Learned, Pairs, Share
 from analyzers.crosscoder.settings import TrainSettings
 from analyzers.crosscoder.shards import Shards
 
@@ -59,15 +59,6 @@ class Parameters:
         )
 
 
-@dataclass(frozen=True)
-class _Share:
-    """A matrix's gradient from some active pairs: ``sum_b v_bi rows_b``."""
-
-    pairs: Pairs
-    values: Float[Tensor, "pairs groups"]
-    rows: Float[Tensor, "batch inputs"]
-
-
 class Optimiser:
     """Adam (0.9, 0.999) with the schedule of the settings; gradients come in shares, of one step at a time.
 
@@ -88,7 +79,7 @@ class Optimiser:
         }
         self._sums: dict[str, Tensor] = {}  # kept from step to step; new memory is slow
         self._begun: set[str] = set()
-        self._last: dict[str, _Share] = {}
+        self._last: dict[str, Share] = {}
 
     def begin(self) -> None:
         """Forget the gradients of a step."""
@@ -108,7 +99,7 @@ class Optimiser:
             into, add = self._sum(name), name in self._begun
             self.kernels.weight_gradient(before.pairs, before.values, before.rows, into, add=add)
             self._begun.add(name)
-        self._last[name] = _Share(pairs, values, rows)
+        self._last[name] = Share(pairs, values, rows)
 
     def onto(self, name: str) -> Tensor:
         """Where to add a share that is dense."""
@@ -130,12 +121,12 @@ class Optimiser:
         for name, weights in self.learned.items():
             share = self.settings.threshold_rate if name == "log_threshold" else 1.0
             descent = Descent(rate * share, self.steps)
-            mean, square = self._moments[name]
+            learned = Learned(weights, *self._moments[name])
             last, sums = self._last.get(name), self._sums[name] if name in self._begun else None
             if last is not None:
-                self.kernels.descend(last.pairs, last.values, last.rows, sums, weights, mean, square, descent)
+                self.kernels.descend(last, sums, learned, descent)
             elif sums is not None:
-                descent.apply(weights, sums, mean, square)
+                descent.apply(learned, sums)
         self.begin()
 
     def moments(self) -> dict[str, Tensor]:

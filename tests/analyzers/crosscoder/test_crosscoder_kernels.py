@@ -5,7 +5,17 @@ import torch
 from torch import Tensor
 
 from analyzers.crosscoder.compiled import Compiled
-from analyzers.crosscoder.kernels import Bags, Dense, Descent, Kernels, Pairs, kernels_for, sum_by_latent
+from analyzers.crosscoder.kernels import (
+    Bags,
+    Dense,
+    Descent,
+    Kernels,
+    Learned,
+    Pairs,
+    Share,
+    kernels_for,
+    sum_by_latent,
+)
 
 BATCH, LATENTS, WIDTH = 13, 24, 30
 
@@ -69,9 +79,8 @@ def check(kernels: Kernels, mask: Tensor, groups: int, device: str = "cpu") -> N
         descent, gradient_of_all = Descent(0.01, number), by_weight + (0 if sums is None else start)
         state = [decoder, draw(LATENTS, WIDTH), draw(LATENTS, WIDTH).square()]
         found_state, expected_state = ([each.clone() for each in state] for _ in range(2))
-        kernels.descend(
-            pairs, values, gradient, None if sums is None else sums.clone(), *found_state, descent
-        )
+        own = None if sums is None else sums.clone()
+        kernels.descend(Share(pairs, values, gradient), own, Learned(*found_state), descent)
         plain_adam(gradient_of_all, *expected_state, 0.01, number)
         torch.testing.assert_close(found_state, expected_state, rtol=1e-5, atol=1e-5)
     before = draw(BATCH, LATENTS).relu()
@@ -117,7 +126,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         Compiled().weight_gradient(pairs, values, rows, into)
         features = Compiled().feature_gradient(pairs, rows, decoder, 1)
         state = [into.clone(), into.clone(), into.square()]
-        Compiled().descend(pairs, values, rows, None, *state, Descent(0.1, 3))
+        Compiled().descend(Share(pairs, values, rows), None, Learned(*state), Descent(0.1, 3))
         decoded = Compiled().decode(pairs, values, decoder)
         return [decoded, features, into, *state, *Compiled().columns(rows)]
 
