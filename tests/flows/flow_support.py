@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,12 @@ def watched(watch: Callable[[Path], Any], log: Path, arguments: Sequence[str]) -
     here = str(Path(__file__).parent)
     script = _WATCHED.format(here=here, watch=watch.__name__, log=str(log), arguments=list(arguments))
     return [sys.executable, "-c", script]
+
+
+def in_a_process(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a process of its own: its events do not wait behind those of other tests."""
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def lines_in(log: Path) -> int:

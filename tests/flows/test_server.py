@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flow_support import TINY, Cli
+from flow_support import TINY, Cli, in_a_process
 
 from flows.config import resolve
 from storage import open_root
@@ -74,11 +74,8 @@ def test_task_runs_are_one_per_checkpoint(
     prefect_server: str, environment: dict[str, str], tiny_series: Path, tmp_path: Path
 ) -> None:
     own = ("--set", "name=counted", "--steps", "0..2")
-    # In a process of its own: this one's queue of events may be long from other tests.
-    command = [sys.executable, "-m", "flows.cli", "measure", f"dir:{tiny_series}", "--root", str(tmp_path)]
-    done = subprocess.run(
-        [*command, *own, *TINY], env=environment, capture_output=True, text=True, timeout=240
-    )
+    arguments = ("measure", f"dir:{tiny_series}", "--root", str(tmp_path), *own, *TINY)
+    done = in_a_process(environment, *arguments)
     assert done.returncode == 0, done.stderr
     (run,) = flow_runs(prefect_server, name={"any_": ["measure counted"]})
     request = urllib.request.Request(
@@ -103,23 +100,10 @@ def test_study_without_a_server(tiny_series: Path, environment: dict[str, str], 
     """No API is configured: Prefect runs its own for the time of the call."""
     small = ("--set", "states.fit.k_max=2", "--set", "states.trajectories=['loss', 'l2']")
     root = str(tmp_path / "root")
-    command = [
-        sys.executable,
-        "-m",
-        "flows.cli",
-        "study",
-        f"dir:{tiny_series}",
-        "--root",
-        root,
-        *TINY,
-        *small,
-    ]
     alone = environment | {"PREFECT_API_URL": "", "PREFECT_HOME": str(tmp_path / "home")}
 
     def call() -> str:
-        done = subprocess.run(
-            command, env=alone, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
-        )
+        done = in_a_process(alone, "study", f"dir:{tiny_series}", "--root", root, *TINY, *small)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

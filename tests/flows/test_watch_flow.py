@@ -1,8 +1,6 @@
 """A run that is going on is watched: what is new is measured and decoded, what is odd reaches a webhook."""
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flow_support import Cli
+from flow_support import Cli, in_a_process
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from safetensors.torch import load_file, save_file
 
@@ -169,9 +167,7 @@ def test_a_new_checkpoint_that_is_odd_reaches_the_webhook(
     weights = held / "model.safetensors"
     save_file({k: 10 * v for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
     held.rename(series / "seed1" / "step8")
-    # In a process of its own, as it is called: this one's queue of events may be long from other tests.
-    command = [sys.executable, "-m", "flows.cli", "watch", "tiny", "--once", "--root", str(root)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    found = in_a_process(environment, "watch", "tiny", "--once", "--root", str(root))
     assert found.returncode == 0, found.stderr
     assert "1 checkpoints measured" in found.stdout
     assert "anomaly: tiny/seed1, step 8: new" in found.stdout
